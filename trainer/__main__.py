@@ -1,0 +1,88 @@
+"""The command line: `python -m trainer VERB ...`, the same under `deepspeed --module`, `torchrun -m` and alone."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+log = logging.getLogger("trainer")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 if it succeeded, 2 if the user must change something, 1 if something broke."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if override.startswith("-") or "=" not in override:
+            parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
+    _log_to_console()
+    if args.verb == "doctor":
+        from trainer import doctor
+
+        return doctor.main(args.flags)
+    return _run(args, overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    launched = argparse.ArgumentParser(add_help=False)
+    launched.add_argument("--local_rank", "--local-rank", default=argparse.SUPPRESS, help="the launcher sets it")
+    parser = argparse.ArgumentParser(
+        prog="trainer", description=__doc__, parents=[launched], epilog="Recipe overrides follow as key.sub=value."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    pretrain = verbs.add_parser("pretrain", parents=[launched], help="train a network without labels")
+    pretrain.add_argument("recipe", type=Path)
+    pretrain.add_argument("--deepspeed_config", type=Path, help="such as ds_configs/zero1.json; stage 0 without")
+    evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a run has learnt")
+    evaluate.add_argument("run", type=Path)
+    evaluate.add_argument("--protocol", required=True, choices=("knn",))
+    doctor = verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles")
+    doctor.add_argument("flags", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _log_to_console() -> None:
+    """Rank 0 speaks; other ranks only warn, and say who they are."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> int:
+    # These imports take seconds, and --help need not wait for them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from data_prep.schema import BetonError
+    from trainer import distributed
+    from trainer.checkpoint import CheckpointError
+    from trainer.data.loader import DataError
+    from trainer.engine import DSConfigError
+    from trainer.evals.command import evaluate
+    from trainer.loop import TrainingError, pretrain
+    from trainer.recipe import RecipeError
+    from trainer.recipe_file import load_recipe
+    from trainer.run_dir import RunDirError
+    from trainer.weights import WeightsError
+
+    try:
+        if args.verb == "pretrain":
+            pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+        else:
+            evaluate(args.run, args.protocol, overrides)
+    except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
+            log.error("%s", error)
+        return 2
+    except (DataError, CheckpointError, TrainingError) as error:
+        log.error("%s", error)
+        return 1
+    distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

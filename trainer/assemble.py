@@ -1,0 +1,87 @@
+"""Puts a run together from its recipe: network, method, teacher, optimizer, engine and loader."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trainer import distributed
+from trainer.data.loader import ViewLoader
+from trainer.engine import build_engine
+from trainer.methods.joint_embedding import Method
+from trainer.methods.teacher import EMA, EMATeacher
+from trainer.models.backbones import build_backbone, synchronise_batchnorm
+from trainer.optim import build_optimizer, param_groups
+from trainer.recipe import Recipe, RecipeError
+from trainer.schedules import Schedules
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run; `method` is the module that `engine` wraps."""
+
+    loader: ViewLoader
+    schedules: Schedules
+    method: Method
+    teacher: EMATeacher | None
+    engine: "DeepSpeedEngine"
+
+
+def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
+    """Build every part, the same on every rank.
+
+    raises: RecipeError if the data hold less than one global batch; BetonError if they cannot be read
+    """
+    loader = build_loader(recipe)
+    steps_per_epoch = loader.num_samples // recipe.optim.global_batch
+    if steps_per_epoch == 0:
+        raise RecipeError(
+            f"data.train {recipe.data.train} holds {loader.num_samples} images, less than one global batch of "
+            f"{recipe.optim.global_batch}; lower optim.global_batch or convert more images"
+        )
+    method = build_method(recipe)
+    if recipe.backbone.sync_batchnorm:
+        synchronise_batchnorm(method, device)
+    method.to(device)
+    teacher = EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
+    optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
+    engine = build_engine(method, optimizer, ds_config)
+    seed_everything(recipe.seed, distributed.rank())
+    return Assembly(loader, recipe.schedules(steps_per_epoch), method, teacher, engine)
+
+
+def build_method(recipe: Recipe) -> Method:
+    """The method with its freshly initialised networks: a pure function of the recipe's seed."""
+    seed_everything(recipe.seed)
+    return recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
+
+
+def build_loader(recipe: Recipe) -> ViewLoader:
+    """This rank's share of the training views."""
+    views, data = recipe.views, recipe.data
+    return ViewLoader(
+        Path(data.train),
+        views.each(),
+        batch_size=recipe.micro_batch(distributed.world()),
+        seed=recipe.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        num_workers=data.num_workers,
+        on_bad_image=data.on_bad_image,
+        resize=views.resize,
+        colour=views.colour,
+    )
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed every global generator, differently on every rank: drop-path and the like may not agree over ranks."""
+    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)

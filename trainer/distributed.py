@@ -1,0 +1,110 @@
+"""Rank, world and the few collectives we use, which also work in one process without a process group."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: torch.device, *, timeout_s: float = 600) -> None:
+    """Join the process group that the launcher's environment describes; alone, form a group of one.
+
+    `deepspeed`, `torchrun` and SLURM wrappers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
+    a bare `python -m trainer` sets none of them.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def local_device() -> torch.device:
+    """The device of this process: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    """This process's number in the job, before and after the process group exists."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """The number of processes in the job, before and after the process group exists."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes what a job writes once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks of a tensor that has the same shape on each; a new tensor."""
+    total = tensor.clone()
+    if world() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean over all ranks of a tensor that has the same shape on each; a new tensor."""
+    return sum_over_ranks(tensor) / world()
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Every rank's rows, in rank order; the ranks may hold different numbers of rows, none included.
+
+    tensor: (N_rank, ...) with equal trailing sizes
+    returns: (sum of N_rank, ...) on every rank
+    """
+    if world() == 1:
+        return tensor
+    counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
+    sizes = [int(count) for count in counts]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    rows = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(rows, padded)
+    return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+
+def gather_equal_rows(tensor: Tensor) -> Tensor:
+    """As `gather_rows`, for ranks that all hold the same number: one collective, and no wait for the host."""
+    if world() == 1:
+        return tensor
+    rows = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(rows, tensor.contiguous())
+    return torch.cat(rows)
+
+
+def true_everywhere(claim: bool) -> bool:
+    """Whether the claim holds on every rank; all ranks get the same answer."""
+    doubts = sum_over_ranks(torch.tensor([0 if claim else 1], device=local_device()))
+    return not doubts.item()

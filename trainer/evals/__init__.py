@@ -1,0 +1,1 @@
+"""Evaluations: `trainer.evals.command` runs one by name, from a run, exported weights or a timm name."""

@@ -1,0 +1,83 @@
+"""`trainer evaluate`: one protocol on a run, a table for people, a JSON with everything that the numbers depend on."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer import distributed
+from trainer.evals import knn
+from trainer.evals.sources import Source, open_run
+from trainer.recipe import RecipeError
+from trainer.run_dir import environment, write_json
+
+log = logging.getLogger(__name__)
+
+
+def run_knn(source: Source) -> dict[str, dict[str, float]]:
+    """k-NN of every network of the source."""
+    recipe = source.recipe
+    if recipe.data.val is None:
+        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
+    device = distributed.local_device()
+    networks = {name: network.to(device) for name, network in source.networks.items()}
+    return knn.evaluate(networks, recipe.data.train, recipe.data.val, recipe.evals.knn, knn.reader_of(recipe, device))
+
+
+EVALS = {"knn": run_knn}
+"""The protocols by name; a new one is one file and one line here."""
+
+
+def evaluate(run: Path, protocol: str, overrides: list[str]) -> None:
+    """Evaluate, print the table and write evals/PROTOCOL-step.json into the run."""
+    distributed.start(distributed.local_device())
+    source = open_run(run, overrides)
+    results = EVALS[protocol](source)
+    if distributed.is_main():
+        step = _last_step(run)
+        path = run / "evals" / f"{protocol}-{step:07d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, _report(source, protocol, step, results))
+        _print(protocol, source, results)
+        log.info("written to %s", path)
+
+
+def _last_step(run: Path) -> int:
+    latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    return int(latest.removeprefix("step_"))
+
+
+def _report(source: Source, protocol: str, step: int, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+    plain = source.recipe.plain()
+    return {
+        "protocol": protocol,
+        "settings": plain["evals"][protocol],
+        "step": step,
+        "seed": source.recipe.seed,
+        "data": {name: _data_id(Path(plain["data"][name])) for name in ("train", "val")},
+        "results": {name: {"origin": source.origins[name], **values} for name, values in results.items()},
+        "environment": environment(),
+    }
+
+
+def _data_id(beton: Path) -> dict[str, Any]:
+    """The file's path and size, and the hash that its manifest states."""
+    manifest = beton.with_name(beton.name + ".json")
+    stated = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    return {"path": str(beton), "bytes": beton.stat().st_size, "sha256": stated.get("sha256")}
+
+
+def _print(protocol: str, source: Source, results: dict[str, dict[str, float]]) -> None:
+    settings = source.recipe.evals.knn
+    table = Table(
+        title=f"{protocol}, k {settings.k}, T {settings.temperature}, {settings.size} px; "
+        f"val {source.recipe.data.val}, bank {source.recipe.data.train}"
+    )
+    for column in ("features", "top-1 %", "top-5 %", "RankMe", "std x sqrt(D)"):
+        table.add_column(column, justify="left" if column == "features" else "right")
+    for name, values in results.items():
+        table.add_row(name, *(f"{values[key]:.2f}" for key in ("top1", "top5", "rank_me", "feature_std")))
+    Console(width=120).print(table)

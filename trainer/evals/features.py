@@ -1,0 +1,88 @@
+"""Features of every image of a beton, each image counted once over all ranks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer import distributed
+from trainer.data.loader import ViewLoader
+from trainer.data.photometric import to_float
+from trainer.data.views import CenterView
+
+
+@dataclass(frozen=True)
+class Features:
+    """Every image's feature and label, in the order of the beton, the same on every rank."""
+
+    vectors: Tensor
+    """(N, D) float32."""
+    labels: Tensor
+    """(N,) int64; -1 where there is none."""
+
+
+class Pixels(nn.Module):
+    """The image itself, shrunk to `side` x `side`, as a feature: what a network must beat to have learnt anything."""
+
+    def __init__(self, side: int = 16) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 3 * side * side)."""
+        return F.adaptive_avg_pool2d(images, self.side).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader:
+    """How images of a beton become a network's input."""
+
+    size: int
+    resize: int
+    batch_size: int
+    num_workers: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+
+    @torch.no_grad()
+    def features(self, networks: dict[str, nn.Module], beton: Path) -> dict[str, Features]:
+        """Each network's features in eval mode, read in one pass over the data; modes are put back afterwards."""
+        loader = ViewLoader(
+            beton,
+            [CenterView(size=self.size, resize=self.resize)],
+            batch_size=self.batch_size,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            num_workers=self.num_workers,
+            shuffle=False,
+            drop_last=False,
+        )
+        was_training = {name: network.training for name, network in networks.items()}
+        rows: dict[str, list[Tensor]] = {name: [] for name in networks}
+        labels, sample_ids = [], []
+        for network in networks.values():
+            network.eval()
+        for batch in loader.epoch(0):
+            images = to_float(batch.views[0], self.device, self.mean, self.std)
+            for name, network in networks.items():
+                rows[name].append(network(images).float())
+            labels.append(batch.labels.clone())
+            sample_ids.append(batch.sample_ids.clone())
+        loader.close()
+        for name, network in networks.items():
+            network.train(was_training[name])
+        return self._gather(rows, labels, sample_ids)
+
+    def _gather(
+        self, rows: dict[str, list[Tensor]], labels: list[Tensor], sample_ids: list[Tensor]
+    ) -> dict[str, Features]:
+        every_id = distributed.gather_rows(torch.cat(sample_ids).to(self.device))
+        every_label = distributed.gather_rows(torch.cat(labels).to(self.device))
+        order = every_id.argsort()
+        return {
+            name: Features(distributed.gather_rows(torch.cat(parts))[order], every_label[order])
+            for name, parts in rows.items()
+        }

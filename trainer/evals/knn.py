@@ -1,0 +1,95 @@
+"""Weighted k-nearest-neighbour accuracy: val images vote among train images, without any training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer import distributed
+from trainer.evals.collapse import feature_std, rank_me
+from trainer.evals.features import Features, ImageReader
+from trainer.methods.joint_embedding import Method
+from trainer.methods.teacher import EMATeacher
+from trainer.recipe import KNN, Recipe, RecipeError
+
+
+@torch.no_grad()
+def knn_votes(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, num_classes: int
+) -> Tensor:
+    """Each class's votes for each query: its k most similar bank rows vote with exp(cosine / temperature).
+
+    bank: (N, D);  bank_labels: (N,) in [0, C);  queries: (Q, D); rows need not be of unit length
+    returns: (Q, C) float32, scaled so that the nearest neighbour's vote is 1
+    source: Wu et al., arXiv 1805.01978, section 3.4
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must lie in [1, {len(bank)} bank images], got {k}")
+    bank = F.normalize(bank, dim=1)
+    votes = []
+    for chunk in F.normalize(queries, dim=1).split(256):  # 256 x 1.28 M similarities take 1.3 GB
+        similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[nearest], weights))
+    return torch.cat(votes)
+
+
+def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) -> dict[str, float]:
+    """Top-1 and top-5 in percent; every rank judges its own slice of the queries, each counted once."""
+    num_classes = int(max(train.labels.max(), val.labels.max())) + 1
+    mine = slice(distributed.rank(), None, distributed.world())
+    correct = torch.zeros(2, dtype=torch.float64, device=val.vectors.device)
+    if len(val.labels[mine]):
+        votes = knn_votes(
+            train.vectors, train.labels, val.vectors[mine], k=k, temperature=temperature, num_classes=num_classes
+        )
+        hits = votes.topk(min(5, num_classes), dim=1).indices == val.labels[mine, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
+    top1, top5 = (distributed.sum_over_ranks(correct) / len(val.labels) * 100).tolist()
+    return {"top1": top1, "top5": top5}
+
+
+def evaluate(
+    networks: dict[str, nn.Module], train: Path, val: Path, settings: KNN, reader: ImageReader
+) -> dict[str, dict[str, float]]:
+    """k-NN accuracy and collapse measures of each network, with the train images as the bank.
+
+    raises: RecipeError if either beton has images without a label
+    """
+    banks, queries = reader.features(networks, train), reader.features(networks, val)
+    for path, features in ((train, banks), (val, queries)):
+        if any((feature.labels < 0).any() for feature in features.values()):
+            raise RecipeError(f"k-NN needs labels, and {path} has images without; convert class folders for evaluation")
+    return {
+        name: knn_accuracy(banks[name], queries[name], k=settings.k, temperature=settings.temperature)
+        | {"rank_me": rank_me(queries[name].vectors), "feature_std": feature_std(queries[name].vectors)}
+        for name in networks
+    }
+
+
+def reader_of(recipe: Recipe, device: torch.device) -> ImageReader:
+    """How the recipe's k-NN reads images."""
+    knn = recipe.evals.knn
+    return ImageReader(
+        size=knn.size,
+        resize=knn.resize,
+        batch_size=knn.batch_size,
+        num_workers=recipe.data.num_workers,
+        mean=recipe.views.mean,
+        std=recipe.views.std,
+        device=device,
+    )
+
+
+def evaluate_branches(
+    recipe: Recipe, method: Method, teacher: EMATeacher | None, device: torch.device
+) -> dict[str, Any]:
+    """Student's and teacher's k-NN during training, under the names of metrics.jsonl."""
+    assert recipe.data.val is not None
+    networks: dict[str, nn.Module] = {"student": method.student.backbone}
+    if teacher is not None:
+        networks["teacher"] = teacher.branch.backbone
+    results = evaluate(networks, recipe.data.train, recipe.data.val, recipe.evals.knn, reader_of(recipe, device))
+    return {f"knn/{name}_{key}": value for name, result in results.items() for key, value in result.items()}

@@ -1,0 +1,179 @@
+"""THE training loop: one function that reads from top to bottom."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint, distributed, run_dir, weights
+from trainer.assemble import Assembly, assemble
+from trainer.data.loader import Batch
+from trainer.data.photometric import to_float
+from trainer.engine import autocast, load_ds_config
+from trainer.evals.knn import evaluate_branches
+from trainer.metrics import Averages, MetricLog
+from trainer.optim import set_progress
+from trainer.recipe import Recipe
+from trainer.schedules import Progress
+
+log = logging.getLogger(__name__)
+SUCCESS = "finished"
+"""The file that a run leaves when it has trained to its end; a launcher's exit code alone can lie."""
+
+
+class TrainingError(RuntimeError):
+    """Training that must not go on."""
+
+
+def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> None:
+    """Train to the recipe's last epoch, from the newest checkpoint in run.dir if there is one.
+
+    raises: RecipeError, DSConfigError, BetonError, RunDirError, CheckpointError before the first step; DataError and
+    TrainingError during training
+    """
+    device = distributed.local_device()
+    ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
+    distributed.start(device)
+    folder = run_dir.claim(recipe, recipe_path, ds_config)
+    run_dir.log_to(folder)
+    run = assemble(recipe, ds_config, device)
+    step = checkpoint.resume(folder, run.engine, run.method, run.teacher)
+    schedules, optim = run.schedules, recipe.optim
+    announce(recipe, run, step)
+    precision = autocast(ds_config, device)
+    checkpoint_steps = max(1, round(recipe.run.checkpoint_every_epochs * schedules.steps_per_epoch))
+    metrics = MetricLog(
+        folder, first_step=step, num_steps=schedules.num_steps, tensorboard=recipe.run.tensorboard
+    )
+    averages, clock = Averages(), StepClock(optim.global_batch)
+    while step < schedules.num_steps:
+        epoch = step // schedules.steps_per_epoch
+        epoch_end = (epoch + 1) * schedules.steps_per_epoch
+        start = (step % schedules.steps_per_epoch) * optim.global_batch
+        batches = run.loader.epoch(epoch, start=start)
+        clock.resume()
+        while step < epoch_end:
+            progress = schedules.at(step)
+            set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
+            for _ in range(optim.accumulation):
+                views = clock.waits_for(to_device, batches, recipe, device)
+                teacher_output = None
+                if run.teacher is not None:
+                    with precision:
+                        teacher_output = run.teacher(run.method.teacher_views(views))
+                loss, parts = run.engine(views, teacher_output, progress)
+                run.engine.backward(loss)
+                run.engine.step()
+                averages.add({"loss": loss, **parts})
+            applied = run.engine.was_step_applied()
+            run.method.after_step(applied=applied)
+            if run.teacher is not None and applied:
+                run.teacher.follow(run.method.student, progress.momentum)
+            step += 1
+            clock.tick()
+
+            is_checkpoint = step % checkpoint_steps == 0 or step == schedules.num_steps
+            if step % recipe.run.log_every_steps == 0 or is_checkpoint:
+                record = describe(progress) | averages.read() | clock.read()
+                stop_if_not_finite(record)
+                metrics.write(record)
+                metrics.show(record)
+            if is_checkpoint:
+                checkpoint.save(folder, step, run.engine, run.method, run.teacher, keep=recipe.run.keep_checkpoints)
+                weights.save(folder, recipe, run.method, run.teacher)
+                clock.resume()
+        batches.close()
+        every = recipe.evals.knn.every_epochs
+        if recipe.data.val is not None and every and ((epoch + 1) % every == 0 or step == schedules.num_steps):
+            accuracies = evaluate_branches(recipe, run.method, run.teacher, device)
+            metrics.write({"step": step - 1, "epoch": epoch, **accuracies})
+            log.info("epoch %d  %s", epoch, "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
+    metrics.close()
+    if distributed.is_main():
+        run_dir.write_text(folder / SUCCESS, f"{step} steps\n")
+        log.info("finished %d steps; the run is in %s", step, folder)
+
+
+def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> list[Tensor]:
+    """The next batch's views, normalised: one (V_i * B, 3, S_i, S_i) tensor per size."""
+    views = recipe.views
+    return [to_float(group, device, views.mean, views.std) for group in next(batches).views]
+
+
+def describe(progress: Progress) -> dict[str, Any]:
+    """What holds at a step, under the names of metrics.jsonl."""
+    return {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "lr": progress.lr,
+        "weight_decay": progress.weight_decay,
+        "momentum": progress.momentum,
+    }
+
+
+def stop_if_not_finite(record: dict[str, Any]) -> None:
+    """End the run, on all ranks at once since the record is theirs together, before a checkpoint keeps the damage."""
+    broken = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise TrainingError(
+            f"{', '.join(broken)} not finite at or before step {record['step']}; the last checkpoint is sound. Lower "
+            "optim.base_lr, lengthen optim.warmup_epochs, or look for damaged images with data_prep verify"
+        )
+
+
+class StepClock:
+    """Seconds a step takes, and seconds of them that waited for data; host time, so no wait for the device."""
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
+        self._steps = 0
+        self._total_s = self._data_s = 0.0
+        self._last = time.monotonic()
+
+    def resume(self) -> None:
+        """Start counting from here: what lies before was no training."""
+        self._last = time.monotonic()
+
+    def waits_for(self, load: Any, *args: Any) -> Any:
+        """Call a function whose time counts as waiting for data."""
+        start = time.monotonic()
+        result = load(*args)
+        self._data_s += time.monotonic() - start
+        return result
+
+    def tick(self) -> None:
+        """A step ends here."""
+        now = time.monotonic()
+        self._total_s += now - self._last
+        self._last = now
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading."""
+        step_s, data_s = self._total_s / self._steps, self._data_s / self._steps
+        self._steps, self._total_s, self._data_s = 0, 0.0, 0.0
+        return {"step_time_s": step_s, "data_time_s": data_s, "images_per_s": self._global_batch / step_s}
+
+
+def announce(recipe: Recipe, run: Assembly, step: int) -> None:
+    """Say at the start what runs on what."""
+    if not distributed.is_main():
+        return
+    backbone = sum(parameter.numel() for parameter in run.method.student.backbone.parameters())
+    trained = sum(parameter.numel() for parameter in run.method.parameters() if parameter.requires_grad)
+    views, schedules = recipe.views, run.schedules
+    log.info(
+        "%s, %s: %.2f M parameters in the backbone, %.2f M trained; %d x %d + %d x %d views",
+        recipe.method.name, recipe.backbone.name, backbone / 1e6, trained / 1e6,
+        views.global_views.count, views.global_views.size, views.local_views.count, views.local_views.size,
+    )  # fmt: skip
+    log.info(
+        "%d images, %d epochs of %d steps, global batch %d on %d ranks; %s",
+        run.loader.num_samples, recipe.optim.epochs, schedules.steps_per_epoch, recipe.optim.global_batch,
+        distributed.world(), f"continuing after step {step}" if step else f"a new run in {recipe.run.dir}",
+    )  # fmt: skip

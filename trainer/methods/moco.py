@@ -1,0 +1,97 @@
+"""MoCo v2 with multi-crop: every further view of an image must find the key of its first view in a queue."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer import distributed
+from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views
+from trainer.methods.losses import info_nce, weigh
+from trainer.methods.queue import KeyQueue
+from trainer.models.backbones import Branch, num_features
+from trainer.models.heads import MoCoHead
+from trainer.schedules import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoCoConfig:
+    """MoCo's head, queue and loss weights."""
+
+    name: Literal["moco"]
+    hidden_dim: int = 2048
+    out_dim: int = 128
+    queue_size: int
+    temperature: float = 0.2
+    global_weight: float
+    """Weight of the global query's loss (alpha in SSLight)."""
+    local_weight: float
+    """Weight of the mean over local queries (beta in SSLight)."""
+
+    def __post_init__(self) -> None:
+        for field in ("temperature", "queue_size", "hidden_dim", "out_dim"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
+
+    def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
+        """What is wrong with MoCo in this recipe, or None."""
+        if counts.global_views < 2:
+            return f"MoCo needs at least 2 global views (one key, one query), got {counts.global_views}"
+        if teacher == "none":
+            return "MoCo needs a teacher, its key encoder; set teacher.kind to ema"
+        if self.queue_size % global_batch:
+            near = max(1, round(self.queue_size / global_batch)) * global_batch
+            return f"queue_size {self.queue_size} must be a multiple of optim.global_batch {global_batch}; {near} is near"
+        return check_weights(self, counts)
+
+    def build(self, backbone: nn.Module, counts: ViewCounts) -> "MoCo":
+        """MoCo around the backbone."""
+        head = MoCoHead(num_features(backbone), hidden_dim=self.hidden_dim, out_dim=self.out_dim)
+        return MoCo(self, Branch(backbone, head), counts)
+
+
+class MoCo(Method):
+    """MoCo v2, arXiv 2003.04297, wired as in SSLight: view 0 is the key, all others are queries, one queue for all.
+
+    Keys are never shuffled over ranks: BatchNorm that counts over all ranks hides no key from its query either.
+    """
+
+    def __init__(self, config: MoCoConfig, student: Branch, counts: ViewCounts) -> None:
+        super().__init__(student, counts)
+        self.config = config
+        self.queue = KeyQueue(config.out_dim, config.queue_size)
+        self._new_keys: list[Tensor] = []
+
+    def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
+        """The first view."""
+        return split_views(views, self.batch_size(views))[0]
+
+    def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
+        """Each query's InfoNCE against its own key and the queue."""
+        batch = self.batch_size(views)
+        queries = self.student(split_views(views, batch)[1]).unflatten(0, (-1, batch))
+        losses = info_nce(queries, teacher, self.queue.keys, temperature=self.config.temperature)
+        self._new_keys.append(teacher.detach())
+        num_global_queries = self.counts.global_views - 1
+        global_loss = losses[:num_global_queries].mean()
+        local_loss = losses[num_global_queries:].mean() if self.counts.local_views else None
+        total = weigh(
+            global_loss, local_loss, global_weight=self.config.global_weight, local_weight=self.config.local_weight
+        )
+        parts = {"loss/global": global_loss.detach(), "positive_similarity": self._alignment(queries[0], teacher)}
+        if local_loss is not None:
+            parts["loss/local"] = local_loss.detach()
+        return LossOut(total, parts)
+
+    @staticmethod
+    @torch.no_grad()
+    def _alignment(queries: Tensor, keys: Tensor) -> Tensor:
+        return (queries.float() * keys.float()).sum(-1).mean()
+
+    @torch.no_grad()
+    def after_step(self, *, applied: bool) -> None:
+        """Put the step's keys, of all ranks and micro-batches, into the queue."""
+        if applied:
+            self.queue.push(distributed.gather_equal_rows(torch.cat(self._new_keys)))
+        self._new_keys = []

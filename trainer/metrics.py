@@ -1,0 +1,123 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and one console line or progress bar; rank 0 writes."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from trainer import distributed
+
+log = logging.getLogger(__name__)
+
+
+class Averages:
+    """Means of scalars over steps and ranks; they stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take one micro-batch's values."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach().clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, the same on every rank; the only wait for the device."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
+        values = distributed.mean_over_ranks(means).tolist()
+        self.__init__()  # type: ignore[misc]
+        return dict(zip(names, values, strict=True))
+
+
+class MetricLog:
+    """Writes records to metrics.jsonl and TensorBoard, and shows how far a run is; does nothing on other ranks."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, tensorboard: bool) -> None:
+        self._started = time.monotonic()
+        self._first_step, self._num_steps = first_step, num_steps
+        self._file = self._board = self._bar = None
+        if distributed.is_main():
+            path = run_dir / "metrics.jsonl"
+            _forget_from(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = _tensorboard(run_dir / "tensorboard", first_step) if tensorboard else None
+            self._bar = _progress_bar()
+            self._task: TaskID | None = self._bar.add_task("", total=num_steps, completed=first_step) if self._bar else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; numbers go to TensorBoard too. `step` says where it belongs."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+            self._board.flush()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """The state of the run, for people: a bar on a terminal, a line elsewhere."""
+        if self._file is None:
+            return
+        done = record["step"] + 1
+        line = (
+            f"epoch {record['epoch']}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
+            f"{record['images_per_s']:.0f} images/s  data {record['data_time_s'] / record['step_time_s']:.0%}"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, description=line)
+            self._bar.start()
+        else:
+            log.info("step %d/%d  %s  ETA %s", done, self._num_steps, line, _clock(self._eta_s(done)))
+
+    def _eta_s(self, done: int) -> float:
+        return (time.monotonic() - self._started) / (done - self._first_step) * (self._num_steps - done)
+
+    def close(self) -> None:
+        """Write what is open."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _forget_from(path: Path, first_step: int) -> None:
+    """Drop records of steps that will be trained again, so that the file reads as one uninterrupted run."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import, and rank 0's alone
+
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _progress_bar() -> Progress | None:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,78 @@
+"""Projection heads of the methods."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def mlp(sizes: list[int], *, activation: type[nn.Module], norm: bool) -> nn.Sequential:
+    """Linear layers of the given sizes, with [BatchNorm and] activation after each but the last.
+
+    Linear weights: truncated normal 0.02, biases 0, as in the DINO and SSLight heads.
+    """
+    layers: list[nn.Module] = []
+    for index, (wide, narrow) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        linear = nn.Linear(wide, narrow)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        layers.append(linear)
+        if index < len(sizes) - 2:
+            layers += [nn.BatchNorm1d(narrow), activation()] if norm else [activation()]
+    return nn.Sequential(*layers)
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias whose rows are gain x direction; the gain starts at 1.
+
+    The names weight_g (K, 1) and weight_v (K, D) are those of torch's old weight_norm, which published checkpoints use.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, train_gain: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1), requires_grad=train_gain)
+        self.weight_v = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, K)."""
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """MLP to a normalised bottleneck, then weight-normed prototypes: (B, D) -> (B, K) logits.
+
+    source: DINO, arXiv 2104.14294, appendix C
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_prototypes: int,
+        norm: bool,
+        train_gain: bool,
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp([embed_dim, hidden_dim, hidden_dim, bottleneck_dim], activation=nn.GELU, norm=norm)
+        self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, train_gain=train_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, embed_dim) -> (B, num_prototypes)."""
+        logits: Tensor = self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        return logits
+
+
+class MoCoHead(nn.Module):
+    """MLP with one hidden layer and no norm, to unit vectors: (B, D) -> (B, out_dim).
+
+    source: MoCo v2, arXiv 2003.04297
+    """
+
+    def __init__(self, embed_dim: int, *, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.mlp = mlp([embed_dim, hidden_dim, out_dim], activation=nn.ReLU, norm=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, embed_dim) -> (B, out_dim), each row of length 1."""
+        return F.normalize(self.mlp(x), dim=-1)

@@ -1,0 +1,169 @@
+"""Parameter groups and the optimizers: AdamW and LARS, which skip a frozen group as if it had no gradient."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer.schedules import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optim:
+    """The optimizer, its schedule, and how long and in which batches it trains."""
+
+    name: Literal["lars", "adamw"]
+    epochs: int
+    global_batch: int
+    """Images a step over all ranks and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches a step; a rank's micro-batch is global_batch / (accumulation x ranks)."""
+    base_lr: float
+    """Learning rate for a global batch of 256; the peak is base_lr x global_batch / 256."""
+    final_lr: float
+    """Where the cosine ends; not scaled with the batch."""
+    warmup_epochs: float
+    warmup_lr: float = 0.0
+    """Where the warm-up starts; not scaled with the batch."""
+    weight_decay: float
+    final_weight_decay: float
+    """Weight decay follows half a cosine from weight_decay to this; equal values keep it constant."""
+    sgd_momentum: float = 0.9
+    """LARS only."""
+    gradient_clipping: float = 0.0
+    """Largest L2 norm of the whole gradient; 0 leaves it as it is."""
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "global_batch", "accumulation", "base_lr"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
+        for field in ("final_lr", "warmup_lr", "weight_decay", "final_weight_decay", "gradient_clipping"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs must lie in [0, epochs = {self.epochs}), got {self.warmup_epochs}")
+        if not 0 <= self.sgd_momentum < 1:
+            raise ValueError(f"sgd_momentum must lie in [0, 1), got {self.sgd_momentum}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.base_lr * self.global_batch / 256
+
+
+def param_groups(module: nn.Module, frozen_at_start: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
+    """Sort trainable parameters by how they decay and adapt; empty groups are left out.
+
+    decay: everything else; depthwise: 4-D with one input channel, no decay, still adapted by LARS;
+    vectors: biases and norms, neither; frozen: those that a method freezes at first, decayed like the first group.
+    source: SSLight utils/param_utils.py
+    """
+    frozen_ids = {id(parameter) for parameter in frozen_at_start}
+    members: dict[str, list[nn.Parameter]] = {"decay": [], "depthwise": [], "vectors": [], "frozen": []}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            members["frozen" if id(parameter) in frozen_ids else _kind(parameter)].append(parameter)
+    return [
+        {"params": params, "name": name, "decays": name in ("decay", "frozen"), "adapts": name != "vectors"}
+        for name, params in members.items()
+        if params
+    ]
+
+
+def _kind(parameter: Tensor) -> str:
+    if parameter.ndim <= 1:
+        return "vectors"
+    return "depthwise" if parameter.ndim == 4 and parameter.shape[1] == 1 else "decay"
+
+
+def build_optimizer(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the groups; `set_progress` gives it each step's values."""
+    for group in groups:
+        group["frozen"] = False
+    if optim.name == "lars":
+        return LARS(groups, lr=0.0, momentum=optim.sgd_momentum)
+    return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+
+
+def set_progress(optimizer: torch.optim.Optimizer, progress: Progress, *, frozen: bool) -> None:
+    """Give every group this step's learning rate and weight decay, and freeze or thaw the group `frozen`."""
+    for group in optimizer.param_groups:
+        group["lr"] = progress.lr
+        group["weight_decay"] = progress.weight_decay if group["decays"] else 0.0
+        group["frozen"] = frozen and group["name"] == "frozen"
+
+
+@contextmanager
+def _thawed_groups_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hide frozen groups: a zero gradient would still decay weights and age Adam's bias correction."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if not group["frozen"]]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, which leaves frozen groups and their state untouched."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every group that is not frozen."""
+        with _thawed_groups_only(self):
+            return super().step(closure)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum and layer-wise trust ratios; one ratio per tensor that it is given.
+
+    g <- g + wd p;  g <- g * eta |p| / |g| where the group adapts;  m <- mu m + g;  p <- p - lr m
+    It is therefore exact only where it sees whole parameters (ZeRO stage 0), which the engine checks.
+    source: arXiv 1708.03888, as SSLight utils/optimizer.py writes it
+    """
+
+    trust_coefficient: ClassVar[float] = 0.001  # eta in the paper and in SSLight
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "frozen": False, "adapts": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, in groups that are not frozen."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and not group["frozen"]:
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        updates = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+        if group["adapts"]:
+            ratios = _trust_ratios(torch._foreach_norm(params), torch._foreach_norm(updates), self.trust_coefficient)
+            torch._foreach_mul_(updates, ratios)
+        buffers = [self._momentum_buffer(p) for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+def _trust_ratios(weight_norms: Iterable[Tensor], update_norms: Iterable[Tensor], eta: float) -> list[Tensor]:
+    """eta |p| / |g|, or 1 where either norm is 0; no value leaves the device."""
+    weights, updates = torch.stack(list(weight_norms)), torch.stack(list(update_norms))
+    ratios = torch.where((weights > 0) & (updates > 0), eta * weights / updates, torch.ones_like(weights))
+    return list(ratios.unbind())

@@ -1,0 +1,240 @@
+"""The recipe: everything that shapes a run, as frozen dataclasses; `recipe_file` reads them from YAML."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from trainer.data.views import View
+from trainer.methods import METHODS
+from trainer.methods.joint_embedding import ViewCounts
+from trainer.methods.teacher import EMA
+from trainer.models.backbones import Backbone
+from trainer.optim import Optim
+from trainer.schedules import Schedules
+
+PerView = float | tuple[float, ...]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message lists every fault."""
+
+
+def _at_least(block: Any, **limits: int) -> None:
+    """ValueError if a field of the block lies below its limit."""
+    for name, limit in limits.items():
+        if getattr(block, name) < limit:
+            raise ValueError(f"{name} must be at least {limit}, got {getattr(block, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewGroup:
+    """Views of one size. Probabilities are one number for all of them, or one number a view."""
+
+    count: int
+    size: int
+    """Pixels a side."""
+    scale: tuple[float, float]
+    """Least and largest fraction of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_prob: PerView = 0.5
+    jitter_prob: PerView = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    gray_prob: PerView = 0.2
+    blur_prob: PerView
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Pixels of the view."""
+    solarize_prob: PerView = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"count must be at least 0, got {self.count}")
+        for name in ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+            if len(self._per_view(name)) != self.count:
+                raise ValueError(f"{name} must be one number, or one for each of {self.count} views, got {getattr(self, name)}")
+        self.views()  # a view checks its own ranges
+
+    def _per_view(self, name: str) -> tuple[float, ...]:
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * self.count
+
+    def views(self) -> list[View]:
+        """The settings of each view."""
+        shared = ("size", "scale", "ratio", "brightness", "contrast", "saturation", "hue", "blur_sigma")
+        own = ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
+        return [
+            View(**{name: getattr(self, name) for name in shared}, **{name: self._per_view(name)[i] for name in own})
+            for i in range(self.count)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """All views of an image: the globals, then the locals."""
+
+    global_views: ViewGroup
+    local_views: ViewGroup
+    resize: Literal["bicubic", "triangle"] = "bicubic"
+    colour: Literal["exact", "linear"] = "exact"
+    """exact: as torchvision, clamped after every change; linear: one matrix, faster, other on saturated pixels."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def counts(self) -> ViewCounts:
+        """How many of each."""
+        return ViewCounts(self.global_views.count, self.local_views.count)
+
+    def each(self) -> list[View]:
+        """Every view's settings, in order."""
+        return self.global_views.views() + self.local_views.views()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What to train on, and what to evaluate with."""
+
+    train: Path
+    val: Path | None = None
+    """Labelled; needed by evaluations only."""
+    num_workers: int
+    """Loader threads a rank."""
+    on_bad_image: Literal["fail", "replace"] = "fail"
+    """What to do about an image that does not decode: stop and name it, or use another of its batch and count it."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, num_workers=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KNN:
+    """Weighted k-nearest-neighbour accuracy of val images among the train images' features."""
+
+    every_epochs: int
+    """During training; 0 for never."""
+    k: int = 20
+    temperature: float = 0.07
+    size: int = 224
+    resize: int = 256
+    """The shorter side is resized to this before the centre crop of `size`."""
+    batch_size: int = 256
+    """Images a rank."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, every_epochs=0, k=1, batch_size=1, size=8, resize=self.size)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evals:
+    """Evaluations during training; `trainer evaluate` takes its settings from here too."""
+
+    knn: KNN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Where a run lives and what it writes; nothing here changes the training."""
+
+    dir: Path
+    """Where a recipe file does not say, runs/ and the file's name."""
+    log_every_steps: int
+    checkpoint_every_epochs: float = 1.0
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(self, log_every_steps=1, keep_checkpoints=1)
+        if not self.checkpoint_every_epochs > 0:
+            raise ValueError(f"checkpoint_every_epochs must be above 0, got {self.checkpoint_every_epochs}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoTeacher:
+    """For methods that are their own teacher."""
+
+    kind: Literal["none"]
+
+
+Method = Annotated[typing.Union[tuple(METHODS.values())], Field(discriminator="name")]  # type: ignore[valid-type]
+Teacher = Annotated[EMA | NoTeacher, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole run: method x teacher x backbone x views, on some data, for some epochs."""
+
+    seed: int = 0
+    method: Method
+    teacher: Teacher
+    backbone: Backbone
+    views: Views
+    data: Data
+    optim: Optim
+    evals: Evals
+    run: Run
+
+    def schedules(self, steps_per_epoch: int) -> Schedules:
+        """The run's schedules, once it is known how many steps an epoch has."""
+        optim = self.optim
+        moving = self.teacher if isinstance(self.teacher, EMA) else EMA(kind="ema", momentum=0, final_momentum=0)
+        return Schedules(
+            steps_per_epoch=steps_per_epoch,
+            num_steps=optim.epochs * steps_per_epoch,
+            warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+            warmup_lr=optim.warmup_lr,
+            peak_lr=optim.peak_lr,
+            final_lr=optim.final_lr,
+            weight_decay=optim.weight_decay,
+            final_weight_decay=optim.final_weight_decay,
+            momentum=moving.momentum,
+            final_momentum=moving.final_momentum,
+        )
+
+    def micro_batch(self, world: int) -> int:
+        """Images a rank and micro-batch; RecipeError if the ranks do not divide the global batch."""
+        pieces = self.optim.accumulation * world
+        if self.optim.global_batch % pieces:
+            near = max(1, round(self.optim.global_batch / pieces)) * pieces
+            raise RecipeError(
+                f"optim.global_batch {self.optim.global_batch} cannot be shared by {world} ranks x "
+                f"{self.optim.accumulation} accumulation steps; set optim.global_batch={near}"
+            )
+        return self.optim.global_batch // pieces
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved recipe as plain YAML types."""
+        return typing.cast("dict[str, Any]", ADAPTER.dump_python(self, mode="json"))
+
+
+def what_shapes_training(plain: dict[str, Any]) -> dict[str, Any]:
+    """A plain recipe without what changes no weight: where the run writes, its evaluations, its loader threads."""
+    shaping = {key: value for key, value in plain.items() if key not in ("run", "evals")}
+    shaping["data"] = {key: value for key, value in plain["data"].items() if key not in ("num_workers", "val")}
+    return shaping
+
+
+def _forbid_unknown_keys(kind: type) -> None:
+    """Let pydantic refuse unknown keys in the dataclass and in those it holds."""
+    kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    for hint in typing.get_type_hints(kind, include_extras=True).values():
+        for inner in dataclasses_in(hint):
+            _forbid_unknown_keys(inner)
+
+
+def dataclasses_in(hint: Any) -> list[type]:
+    """The dataclasses that a type hint names, such as the members of a union."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return [hint]
+    return [inner for arg in typing.get_args(hint) for inner in dataclasses_in(arg)]
+
+
+_forbid_unknown_keys(Recipe)
+ADAPTER = TypeAdapter(Recipe)

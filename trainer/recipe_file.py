@@ -1,0 +1,119 @@
+"""Recipes from YAML: the only reader, which reports every fault at once and names the nearest known key."""
+
+import difflib
+import typing
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from trainer.recipe import ADAPTER, Recipe, RecipeError, dataclasses_in
+
+TAGGED = ("method", "teacher")
+"""Blocks that are one of several dataclasses; pydantic puts which one behind their name in a fault's location."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply dotted `key=value` overrides, and check all of it.
+
+    raises: RecipeError with one line a fault: the file, the key, what was wanted, what came
+    """
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    if isinstance(tree.get("run"), dict):
+        tree["run"].setdefault("dir", f"runs/{path.stem}")
+    try:
+        recipe = ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
+    fault = _cross_check(recipe)
+    if fault:
+        raise RecipeError(f"{path}: {fault}")
+    return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe; wanted the path of a YAML file, such as those in recipes/")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: wanted a mapping of recipe keys, got {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: wanted key.sub=value, such as optim.epochs=10")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"override {override!r}: {parent} holds a value, not further keys")
+    try:
+        tree[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _cross_check(recipe: Recipe) -> str | None:
+    """Faults that lie between two blocks, each of which is right in itself."""
+    fault = recipe.method.check(
+        recipe.views.counts, teacher=recipe.teacher.kind, global_batch=recipe.optim.global_batch
+    )
+    return None if fault is None else f"method.{recipe.method.name}: {fault}"
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_url=False):
+        location = tuple(str(part) for part in fault["loc"])
+        key = ".".join(location[:1] + location[2:] if location[0] in TAGGED else location)
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            yield f"{key}: unknown key; {_hint(location)}"
+        elif fault["type"] in ("missing", "missing_argument", "union_tag_not_found"):
+            yield f"{key}: {message}; give it in the recipe or as {key}=..."
+        elif fault["type"] == "value_error":
+            yield f"{key}.{message}"  # a block's own check, whose message begins with the field
+        elif fault["type"] == "union_tag_invalid":
+            yield f"{key}.{fault['ctx']['discriminator'].strip(chr(39))} must be one of {fault['ctx']['expected_tags']}, got {fault['ctx']['tag']!r}"
+        else:
+            yield f"{key}: {message}, got {fault['input']!r}"
+
+
+def _hint(location: tuple[str, ...]) -> str:
+    """What the place takes, and the known key nearest to the unknown one."""
+    *parents, unknown = location
+    names = [field.name for field in fields(_block(parents))]
+    near = difflib.get_close_matches(unknown, names, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"known here: {', '.join(names)}"
+
+
+def _block(parents: list[str]) -> Any:
+    """The dataclass that a path of keys leads to; in a tagged block the second part is the tag."""
+    kind: Any = Recipe
+    for depth, part in enumerate(parents):
+        members = dataclasses_in(typing.get_type_hints(kind, include_extras=True).get(part))
+        if depth == 0 and part in TAGGED:
+            tag = parents[1] if len(parents) > 1 else ""
+            return next(m for m in members if any(tag in typing.get_args(h) for h in typing.get_type_hints(m).values()))
+        kind = members[0]
+    return kind
