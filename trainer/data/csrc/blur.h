@@ -111,7 +111,7 @@ static enum Status blur(Canvas *canvas, float sigma, Buffer *buffer)
 INLINE void round_row(const int16_t *restrict in, int length, int solarize, uint8_t *restrict out)
 {
     for (int i = 0; i < length; i++) {
-        int value = clamp_q6(in[i]) + Q6_ONE / 2;
+        uint16_t value = (uint16_t)(clamp_short(in[i], 0, Q6_WHITE) + Q6_ONE / 2);
         uint8_t byte = (uint8_t)(value / Q6_ONE);
         out[i] = solarize && byte >= SOLARIZE_THRESHOLD ? (uint8_t)(255 - byte) : byte;
     }

@@ -1,4 +1,4 @@
-/* Colour jitter and greyscale, one row of float pixels (0..255) at a time so that it stays in the nearest cache.
+/* Colour jitter and greyscale, one row of float pixels (still in Q6) at a time so that it stays in the nearest cache.
  *
  * `exact` follows torchvision.transforms.functional on float tensors: every operation clamps, hue turns in HSV.
  * `linear` composes all operations into one 3 x 4 matrix and clamps once; hue turns about the grey axis instead.
@@ -13,17 +13,17 @@
 #define LUMA_R 0.299f
 #define LUMA_G 0.587f
 #define LUMA_B 0.114f
-#define FINE 256 /* sums of luma are integers in 1/256 level: the same in whatever order they are added */
 
 typedef struct {
-    float *r, *g, *b;
-    int padded; /* a multiple of 16; the loops below say so to the compiler */
+    float *r, *g, *b; /* one after the other in memory */
+    int16_t *shorts;  /* 3 * padded, for the way from and to the canvas */
+    int padded;       /* a multiple of 16; the loops below say so to the compiler */
 } Row;
 
-INLINE float clamp_255(float value)
+INLINE float clamp(float value)
 {
     value = value < 0 ? 0 : value;
-    return value > 255 ? 255 : value;
+    return value > Q6_WHITE ? Q6_WHITE : value;
 }
 
 INLINE float luma(float r, float g, float b)
@@ -31,34 +31,69 @@ INLINE float luma(float r, float g, float b)
     return LUMA_R * r + LUMA_G * g + LUMA_B * b;
 }
 
-INLINE void load_row(const int16_t *restrict pixels, Row row)
+/* Eight RGB pixels fill three vectors. Lane by lane, each channel is picked from the vector that holds it, and then put
+ * in order: a blend costs less than a shuffle of two vectors, which is what the compiler makes of the plain loop. */
+INLINE void split_pixels(const int16_t *pixels, int16_t *out, ptrdiff_t step)
 {
-    float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
-    for (int i = 0; i < (row.padded & ~15); i++) {
-        r[i] = pixels[3 * i] * (1.0f / Q6_ONE);
-        g[i] = pixels[3 * i + 1] * (1.0f / Q6_ONE);
-        b[i] = pixels[3 * i + 2] * (1.0f / Q6_ONE);
-    }
+    Eight u, v, w;
+    memcpy(&u, pixels, sizeof u), memcpy(&v, pixels + 8, sizeof v), memcpy(&w, pixels + 16, sizeof w);
+    Eight r = __builtin_shufflevector(u, v, 0, 9, 2, 3, 12, 5, 6, 15);
+    Eight g = __builtin_shufflevector(u, v, 0, 1, 10, 3, 4, 13, 6, 7);
+    Eight b = __builtin_shufflevector(u, v, 8, 1, 2, 11, 4, 5, 14, 7);
+    r = __builtin_shufflevector(r, w, 0, 1, 10, 3, 4, 13, 6, 7);
+    g = __builtin_shufflevector(g, w, 8, 1, 2, 11, 4, 5, 14, 7);
+    b = __builtin_shufflevector(b, w, 0, 9, 2, 3, 12, 5, 6, 15);
+    r = __builtin_shufflevector(r, r, 0, 3, 6, 1, 4, 7, 2, 5);
+    g = __builtin_shufflevector(g, g, 1, 4, 7, 2, 5, 0, 3, 6);
+    b = __builtin_shufflevector(b, b, 2, 5, 0, 3, 6, 1, 4, 7);
+    memcpy(out, &r, sizeof r), memcpy(out + step, &g, sizeof g), memcpy(out + 2 * step, &b, sizeof b);
 }
 
-INLINE void store_row(Row row, int16_t *restrict pixels)
+/* split_pixels backwards */
+INLINE void join_pixels(const int16_t *in, ptrdiff_t step, int16_t *pixels)
 {
-    const float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
-    for (int i = 0; i < (row.padded & ~15); i++) {
-        pixels[3 * i] = (int16_t)(r[i] * Q6_ONE + 0.5f);
-        pixels[3 * i + 1] = (int16_t)(g[i] * Q6_ONE + 0.5f);
-        pixels[3 * i + 2] = (int16_t)(b[i] * Q6_ONE + 0.5f);
-    }
+    Eight r, g, b, u, v, w;
+    memcpy(&r, in, sizeof r), memcpy(&g, in + step, sizeof g), memcpy(&b, in + 2 * step, sizeof b);
+    r = __builtin_shufflevector(r, r, 0, 3, 6, 1, 4, 7, 2, 5);
+    g = __builtin_shufflevector(g, g, 5, 0, 3, 6, 1, 4, 7, 2);
+    b = __builtin_shufflevector(b, b, 2, 5, 0, 3, 6, 1, 4, 7);
+    u = __builtin_shufflevector(r, g, 0, 9, 2, 3, 12, 5, 6, 15);
+    v = __builtin_shufflevector(r, g, 0, 1, 10, 3, 4, 13, 6, 7);
+    w = __builtin_shufflevector(r, g, 8, 1, 2, 11, 4, 5, 14, 7);
+    u = __builtin_shufflevector(u, b, 0, 1, 10, 3, 4, 13, 6, 7);
+    v = __builtin_shufflevector(v, b, 8, 1, 2, 11, 4, 5, 14, 7);
+    w = __builtin_shufflevector(w, b, 0, 9, 2, 3, 12, 5, 6, 15);
+    memcpy(pixels, &u, sizeof u), memcpy(pixels + 8, &v, sizeof v), memcpy(pixels + 16, &w, sizeof w);
+}
+
+INLINE void load_row(const int16_t *pixels, Row row)
+{
+    int16_t *restrict shorts = row.shorts;
+    float *restrict values = row.r; /* r, g and b follow one another */
+    for (ptrdiff_t i = 0; i < row.padded; i += 8)
+        split_pixels(pixels + 3 * i, shorts + i, row.padded);
+    for (ptrdiff_t i = 0; i < (3 * row.padded & ~15); i++)
+        values[i] = shorts[i];
+}
+
+INLINE void store_row(Row row, int16_t *pixels)
+{
+    int16_t *restrict shorts = row.shorts;
+    const float *restrict values = row.r;
+    for (ptrdiff_t i = 0; i < (3 * row.padded & ~15); i++)
+        shorts[i] = (int16_t)(values[i] + 0.5f);
+    for (ptrdiff_t i = 0; i < row.padded; i += 8)
+        join_pixels(shorts + i, row.padded, pixels + 3 * i);
 }
 
 /* value * scale + shift on every channel: brightness and, with a grey shift, contrast. */
 INLINE void scale_row(Row row, float scale, float shift)
 {
     float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
-    for (int i = 0; i < (row.padded & ~15); i++) {
-        r[i] = clamp_255(r[i] * scale + shift);
-        g[i] = clamp_255(g[i] * scale + shift);
-        b[i] = clamp_255(b[i] * scale + shift);
+    for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
+        r[i] = clamp(r[i] * scale + shift);
+        g[i] = clamp(g[i] * scale + shift);
+        b[i] = clamp(b[i] * scale + shift);
     }
 }
 
@@ -66,11 +101,11 @@ INLINE void scale_row(Row row, float scale, float shift)
 INLINE void saturate_row(Row row, float factor)
 {
     float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
-    for (int i = 0; i < (row.padded & ~15); i++) {
+    for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
         float gray = (1 - factor) * luma(r[i], g[i], b[i]);
-        r[i] = clamp_255(r[i] * factor + gray);
-        g[i] = clamp_255(g[i] * factor + gray);
-        b[i] = clamp_255(b[i] * factor + gray);
+        r[i] = clamp(r[i] * factor + gray);
+        g[i] = clamp(g[i] * factor + gray);
+        b[i] = clamp(b[i] * factor + gray);
     }
 }
 
@@ -85,7 +120,7 @@ INLINE float trapezium(float value)
 INLINE void turn_hue_row(Row row, float sixths)
 {
     float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
-    for (int i = 0; i < (row.padded & ~15); i++) {
+    for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
         float high = r[i] > g[i] ? r[i] : g[i], low = r[i] < g[i] ? r[i] : g[i];
         high = b[i] > high ? b[i] : high;
         low = b[i] < low ? b[i] : low;
@@ -102,11 +137,13 @@ INLINE void turn_hue_row(Row row, float sixths)
     }
 }
 
-INLINE int64_t sum_luma(Row row, int size)
+/* Of integers, so that the order of adding, which differs between vector widths, cannot matter. */
+INLINE int32_t sum_luma(Row row, int size)
 {
-    int64_t sum = 0;
-    for (int i = 0; i < size; i++)
-        sum += (int)(luma(row.r[i], row.g[i], row.b[i]) * FINE + 0.5f);
+    int32_t sum = 0; /* 131,000 white pixels fit; a row has 4,096 at most */
+    const float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
+    for (ptrdiff_t i = 0; i < size; i++)
+        sum += (int32_t)(luma(r[i], g[i], b[i]) + 0.5f);
     return sum;
 }
 
@@ -122,37 +159,53 @@ INLINE void apply_op(Row row, int op, float factor, float mean)
         turn_hue_row(row, 6 * (factor < 0 ? factor + 1 : factor));
 }
 
-static int changes_colour(int op, float factor)
+/* Runs order[from .. to) on one row. */
+INLINE void apply_ops(Row row, const Params *p, int from, int to, float mean)
 {
-    return factor != (op == OP_HUE ? 0 : 1);
+    for (int i = from; i < to; i++) {
+        int op = p->order[i];
+        if (p->factor[op] != (op == OP_HUE ? 0 : 1))
+            apply_op(row, op, p->factor[op], mean);
+    }
 }
 
-/* Runs order[from .. to) over the canvas; returns the mean luma of the result. */
-static CLONES float run_ops(Canvas *canvas, const Params *p, int from, int to, float mean, int gray, Row row)
+/* Runs the operations before contrast and returns the mean luma of the result, which contrast needs. */
+static CLONES float colour_until_contrast(Canvas *canvas, const Params *p, int contrast, Row row)
 {
     int64_t sum = 0;
     for (int y = 0; y < canvas->size; y++) {
         int16_t *pixels = canvas->pixels + y * canvas->stride;
         load_row(pixels, row);
-        for (int i = from; i < to; i++)
-            if (changes_colour(p->order[i], p->factor[p->order[i]]))
-                apply_op(row, p->order[i], p->factor[p->order[i]], mean);
-        if (gray)
-            saturate_row(row, 0);
+        apply_ops(row, p, 0, contrast, 0);
         sum += sum_luma(row, canvas->size);
-        store_row(row, pixels);
+        if (contrast > 0)
+            store_row(row, pixels);
     }
-    return (float)((double)sum / FINE / ((double)canvas->size * canvas->size));
+    return (float)((double)sum / ((double)canvas->size * canvas->size));
 }
 
-/* Contrast needs the mean of what came before it, hence two sweeps, split there. */
+static CLONES void colour_from(Canvas *canvas, const Params *p, int first, float mean, Row row)
+{
+    for (int y = 0; y < canvas->size; y++) {
+        int16_t *pixels = canvas->pixels + y * canvas->stride;
+        load_row(pixels, row);
+        apply_ops(row, p, first, p->jitter ? NUM_OPS : 0, mean);
+        if (p->gray)
+            saturate_row(row, 0);
+        store_row(row, pixels);
+    }
+}
+
 static void colour_exact(Canvas *canvas, const Params *p, Row row)
 {
     int contrast = 0;
-    while (p->jitter && p->order[contrast] != OP_CONTRAST)
-        contrast++;
-    float mean = p->jitter ? run_ops(canvas, p, 0, contrast, 0, 0, row) : 0;
-    run_ops(canvas, p, contrast, p->jitter ? NUM_OPS : 0, mean, p->gray, row);
+    float mean = 0;
+    if (p->jitter && p->factor[OP_CONTRAST] != 1) {
+        while (p->order[contrast] != OP_CONTRAST)
+            contrast++;
+        mean = colour_until_contrast(canvas, p, contrast, row);
+    }
+    colour_from(canvas, p, contrast, mean, row);
 }
 
 typedef struct {
@@ -226,12 +279,12 @@ static CLONES void channel_means(const Canvas *canvas, float mean[3])
     for (int y = 0; y < canvas->size; y++) {
         const int16_t *pixels = canvas->pixels + y * canvas->stride;
         int32_t r = 0, g = 0, b = 0; /* 131,000 pixels fit */
-        for (int i = 0; i < canvas->size; i++)
+        for (ptrdiff_t i = 0; i < canvas->size; i++)
             r += pixels[3 * i], g += pixels[3 * i + 1], b += pixels[3 * i + 2];
         sum[0] += r, sum[1] += g, sum[2] += b;
     }
     for (int i = 0; i < 3; i++)
-        mean[i] = (float)((double)sum[i] / Q6_ONE / ((double)canvas->size * canvas->size));
+        mean[i] = (float)((double)sum[i] / ((double)canvas->size * canvas->size));
 }
 
 static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
@@ -240,11 +293,11 @@ static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
     for (int y = 0; y < canvas->size; y++) {
         load_row(canvas->pixels + y * canvas->stride, row);
         float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
-        for (int i = 0; i < (row.padded & ~15); i++) {
+        for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
             float x = r[i], y_ = g[i], z = b[i];
-            r[i] = clamp_255(k.m[0][0] * x + k.m[0][1] * y_ + k.m[0][2] * z + k.m[0][3]);
-            g[i] = clamp_255(k.m[1][0] * x + k.m[1][1] * y_ + k.m[1][2] * z + k.m[1][3]);
-            b[i] = clamp_255(k.m[2][0] * x + k.m[2][1] * y_ + k.m[2][2] * z + k.m[2][3]);
+            r[i] = clamp(k.m[0][0] * x + k.m[0][1] * y_ + k.m[0][2] * z + k.m[0][3]);
+            g[i] = clamp(k.m[1][0] * x + k.m[1][1] * y_ + k.m[1][2] * z + k.m[1][3]);
+            b[i] = clamp(k.m[2][0] * x + k.m[2][1] * y_ + k.m[2][2] * z + k.m[2][3]);
         }
         store_row(row, canvas->pixels + y * canvas->stride);
     }
@@ -260,10 +313,11 @@ static void colour_linear(Canvas *canvas, const Params *p, Row row)
 
 static enum Status change_colour(Canvas *canvas, const Params *p, enum Colour colour, Buffer *buffer)
 {
-    float *values = reserve(buffer, 3 * (size_t)canvas->padded * sizeof(float));
+    ptrdiff_t padded = canvas->padded;
+    float *values = reserve(buffer, 3 * (size_t)padded * (sizeof(float) + sizeof(int16_t)));
     if (!values)
         return STATUS_MEMORY;
-    Row row = {values, values + canvas->padded, values + 2 * canvas->padded, canvas->padded};
+    Row row = {values, values + padded, values + 2 * padded, (int16_t *)(values + 3 * padded), canvas->padded};
     if (colour == COLOUR_EXACT)
         colour_exact(canvas, p, row);
     else

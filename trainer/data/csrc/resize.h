@@ -40,8 +40,9 @@ static double triangle(double x)
 static void quantise(const double *value, double sum, int count, int16_t *weight)
 {
     int total = 0, largest = 0;
+    double unit = WEIGHT_ONE / sum;
     for (int i = 0; i < count; i++) {
-        weight[i] = (int16_t)lrint(value[i] / sum * WEIGHT_ONE);
+        weight[i] = (int16_t)lrint(value[i] * unit);
         total += weight[i];
         if (weight[i] > weight[largest])
             largest = i;
@@ -142,8 +143,6 @@ INLINE void blend_shorts(const int16_t *row, ptrdiff_t stride, int length, const
             blend(row + done * stride, stride, length, weight + done, 1, 1, out);                                \
     } while (0)
 
-typedef int16_t Eight __attribute__((vector_size(16)));
-
 /* Turns an 8 x 8 tile. */
 INLINE void transpose_tile(const int16_t *from, ptrdiff_t from_stride, int16_t *to, ptrdiff_t to_stride)
 {
@@ -185,7 +184,7 @@ static CLONES void resize_strip(const uint8_t *origin, ptrdiff_t source_stride, 
         BLEND(blend_shorts, (const int16_t *)turned + (size_t)x->start[i] * LANES, LANES, LANES,
               x->weight + (size_t)i * x->most, x->count[i], resized + (size_t)i * LANES);
     for (int i = 0; i < canvas->size * LANES; i++)
-        resized[i] = clamp_q6(resized[i] + CENTRE); /* bicubic overshoots; PIL clamps here as well */
+        resized[i] = (int16_t)(clamp_short(resized[i], -CENTRE, Q6_WHITE - CENTRE) + CENTRE); /* bicubic overshoots */
     transpose(resized, STRIP, (int)canvas->stride, STRIP, canvas->pixels + first_row * canvas->stride, canvas->stride);
 }
 

@@ -89,9 +89,13 @@ typedef struct {
     int16_t *pixels;
 } Canvas;
 
-INLINE int16_t clamp_q6(int value)
+typedef int16_t Eight __attribute__((vector_size(16)));
+
+/* In 16 bits from end to end, or the compiler would widen the whole loop. */
+INLINE int16_t clamp_short(int16_t value, int16_t low, int16_t high)
 {
-    return (int16_t)(value < 0 ? 0 : value > Q6_WHITE ? Q6_WHITE : value);
+    value = value < low ? low : value;
+    return value > high ? high : value;
 }
 
 /* a * b / 2^15, rounded; written in the form that GCC turns into one instruction (pmulhrsw, sqrdmulh). */
