@@ -48,9 +48,9 @@ $(PACKAGES):
 
 # Installing the packages has compiled the kernel too; this is for a change of the C sources alone, and needs no network.
 $(KERNEL): | $(PACKAGES)
-	@test -e $@ || { python setup.py --quiet build_ext --inplace --force; rm -f $(STAMPS)/kernel-*; touch $@; }
+	@test -e $@ || { echo "view kernel: compiling"; python setup.py --quiet build_ext --inplace --force; rm -f $(STAMPS)/kernel-*; touch $@; }
 
-$(EXTENSION): $(PACKAGES) $(KERNEL)
+$(EXTENSION): $(PACKAGES) | $(KERNEL)
 	@python -m trainer.doctor --build
 	@rm -f $(STAMPS)/extension-*; touch $@
 

@@ -1,5 +1,6 @@
 """The doctor tells a machine that can start a run from one that cannot, and never takes a lock for held that is not."""
 
+import configparser
 import os
 import resource
 import shutil
@@ -112,6 +113,13 @@ def test_programs_of_this_environment_come_first_and_once(monkeypatch: pytest.Mo
     doctor.own_tools_first()
     assert os.environ["PATH"] == f"{scripts}:/usr/bin:/bin"
     assert shutil.which("ninja") == f"{scripts}/ninja"
+
+
+def test_exactly_the_pins_of_setup_cfg_are_checked_and_no_tool_of_an_extra() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(Path(doctor.__file__).parents[1] / "setup.cfg")
+    lines = settings["options"]["install_requires"].split()
+    assert {check.name for check in doctor.packages()} == {line.split("==")[0] for line in lines if "==" in line}
 
 
 def test_a_package_in_another_version_is_missing() -> None:

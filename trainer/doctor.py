@@ -1,8 +1,7 @@
 """Says what this machine has and lacks for a run, and builds the one thing that DeepSpeed compiles.
 
-On a machine without a GPU, `deepspeed.initialize` compiles `deepspeed_shm_comm`, about a minute, into torch's cache of
-extensions. Here that happens once, in one process, before any run. With a GPU nothing is compiled at set-up: neither
-torch's fused AdamW nor our LARS needs a DeepSpeed kernel (read in its source; not run on a GPU).
+Without a GPU, `deepspeed.initialize` compiles `deepspeed_shm_comm` into torch's cache of extensions; here that happens
+once, before any run. With a GPU nothing is compiled (read in DeepSpeed's source; not run on a GPU).
 """
 
 import argparse
@@ -80,7 +79,8 @@ def packages() -> list[Check]:
         requirements = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
         return [Check(PROJECT, False, "is not installed in this environment", "make setup")]
-    return [package(name, wanted) for name, pin, wanted in (line.partition("==") for line in requirements) if pin]
+    pins = (line.split("==") for line in requirements if "==" in line and ";" not in line)  # extras follow a semicolon
+    return [package(name, wanted) for name, wanted in pins]
 
 
 def package(name: str, wanted: str) -> Check:
@@ -208,8 +208,7 @@ def rebuild_reason(folder: Path) -> str:
     if str(Path(torch.__file__).parent) not in (folder / "build.ninja").read_text():
         return f"{folder} was built by another Python environment, and every change of environment builds it again"
     with tempfile.TemporaryDirectory() as copy:
-        # in a copy: ninja may replace a log that it cannot read, even when it only plans
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        shutil.copytree(folder, copy, dirs_exist_ok=True)  # ninja may replace a log that it cannot read
         plan = subprocess.run(["ninja", "-n"], cwd=copy, capture_output=True, text=True, check=False)
     return "" if "no work to do" in plan.stdout else f"{EXTENSION} is older than its sources, or of another ninja"
 
@@ -290,8 +289,8 @@ def clear_lock(folder: Path) -> str:
     lock = folder / "lock"
     if not lock.exists():
         return f"no lock in {folder}"
-    newest = max(path.stat().st_mtime for path in folder.iterdir())
-    if is_held(lock) and not may_clear(lock_holders(lock), time.time() - newest):
+    quiet_s = time.time() - max(path.stat().st_mtime for path in folder.iterdir())
+    if is_held(lock) and not may_clear(lock_holders(lock), quiet_s):
         return "kept: " + "; ".join(lock_report(folder))
     lock.unlink()
     return f"removed {lock}"
