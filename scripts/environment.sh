@@ -23,4 +23,5 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 must_be_new_enough "$venv/bin/python"
 echo "environment: installing into $venv; the first time this takes some minutes and some 6 GB"
-"$venv/bin/python" -m pip install --progress-bar off --disable-pip-version-check -e '.[dev]'
+"$venv/bin/python" -m pip install --progress-bar off --disable-pip-version-check -e '.[dev]' |
+    sed -u '/^Requirement already satisfied/d'

@@ -46,7 +46,7 @@ apt-get update
 apt-get install -y --no-install-recommends $packages
 packages=$(missing | paste -sd ' ')
 if [ -n "$packages" ]; then
-    echo "system packages: installed, yet the probes for $packages still fail; $python may be another Python" \
-        "than Debian's, then its own headers are wanted" >&2
+    echo "system packages: installed, but still not found: $packages" >&2
+    echo "  is another pkg-config or Python than Debian's first on PATH?" >&2
     exit 1
 fi
