@@ -1,7 +1,7 @@
 """Batches of views from a beton: stock FFCV reads, one operation of ours decodes each image once and cuts its views."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +95,7 @@ class ViewLoader:
             self._ffcv = multicrop.open_loader(self.beton, self._kernel, batch_size)
         self._thread: Any = None
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch on this rank, from sample position `start` of the whole epoch's order on.
 
         A batch's tensors are overwritten once the next one is asked for: copy what must live longer. Leaving early is

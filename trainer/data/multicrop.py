@@ -7,7 +7,6 @@ What stock FFCV 1.0.2 does when left alone, and what is done about it here:
 """
 
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -118,12 +117,15 @@ class EpochThread(EpochIterator):  # type: ignore[misc]
         return "".join(traceback.format_stack(frame)) if frame else "(ended)"
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread. FFCV blocks in `put` when its queue is full, so it is emptied until the thread is gone."""
+        """Ends the thread after the batch it is making; a batch in use stays as it is.
+
+        FFCV looks at its own end signal only while its queue is full, so the thread is left without work instead, and
+        the queue is emptied for it to get past `put`.
+        """
         super().close()
-        if threading.current_thread() is self or self.ident is None:
-            return
+        self.iter_ixes = iter(())
         deadline = monotonic() + timeout_s
         while self.is_alive() and monotonic() < deadline:
             while not self.output_queue.empty():
                 self.output_queue.get_nowait()
-            self.join(0.02)
+            self.join(0.01)
