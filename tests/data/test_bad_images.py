@@ -52,6 +52,13 @@ def test_a_grey_jpeg_becomes_grey_rgb() -> None:
         assert (view == np.asarray(image.convert("RGB"))[:, :HEIGHT]).all()
 
 
+def test_junk_anywhere_is_damage_for_it_may_have_been_a_table(sound: bytes) -> None:
+    """Pillow passes over it in the header; data_prep encodes such files again."""
+    tables = sound.index(b"\xff\xdb")
+    assert status_of(sound[:tables] + b"junk" + sound[tables:]) == [DAMAGED]
+    assert status_of(sound[:-100] + b"\xff\xd0" + sound[-100:]) == [DAMAGED]
+
+
 def test_each_fault_has_its_own_name(sound: bytes) -> None:
     cmyk = io.BytesIO()
     Image.fromarray(picture(WIDTH, HEIGHT)).convert("CMYK").save(cmyk, "jpeg")
