@@ -121,7 +121,8 @@ def test_vectors_never_decay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("epochs", 0), ("global_batch", -1), ("base_lr", 0), ("warmup_epochs", 5), ("weight_decay", -1)]
+    ("field", "value"),
+    [("epochs", 0), ("global_batch", -1), ("base_lr", 0), ("warmup_epochs", 5), ("weight_decay", -1)],
 )
 def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     good = {"name": "adamw", "epochs": 5, "global_batch": 8, "base_lr": 1, "final_lr": 0, "warmup_epochs": 0,

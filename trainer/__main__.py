@@ -80,7 +80,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     except (DataError, CheckpointError, TrainingError) as error:
         log.error("%s", error)
         return 1
-    distributed.stop()
+    finally:
+        distributed.stop()
     return 0
 
 

@@ -20,9 +20,11 @@ DEFAULT_DS_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 0}}
 """Without --deepspeed_config: as ds_configs/zero0.json, the fastest for 3 to 25 M parameters."""
 
 KNOWN_KEYS = frozenset(
-    "zero_optimization torch_autocast bf16 fp16 communication_data_type prescale_gradients gradient_predivide_factor "
-    "sparse_gradients wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler tensorboard wandb "
-    "csv_monitor activation_checkpointing aio data_types compile checkpoint steps_per_print seed".split()
+    """
+    zero_optimization torch_autocast bf16 fp16 data_types communication_data_type prescale_gradients
+    gradient_predivide_factor sparse_gradients activation_checkpointing aio checkpoint compile seed
+    wall_clock_breakdown memory_breakdown dump_state comms_logger flops_profiler tensorboard wandb csv_monitor
+    """.split()  # noqa: SIM905
 )
 """DeepSpeed ignores a misspelt top-level key without a word, so we keep the list."""
 
@@ -109,6 +111,7 @@ def autocast(config: dict[str, Any], device: torch.device) -> torch.autocast:
 def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> "DeepSpeedEngine":
     """Wrap the module; every rank must hold the same weights and the process group must exist."""
     deepspeed = _import_deepspeed()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is there, even in a process without a launcher
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
@@ -116,6 +119,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no GPU
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own use of deprecated torch names is not for our users to read
         import deepspeed

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from trainer import distributed
@@ -53,7 +53,7 @@ class MetricLog:
             self._file = path.open("a", encoding="utf-8")
             self._board = _tensorboard(run_dir / "tensorboard", first_step) if tensorboard else None
             self._bar = _progress_bar()
-            self._task: TaskID | None = self._bar.add_task("", total=num_steps, completed=first_step) if self._bar else None
+            self._task = self._bar.add_task("", total=num_steps, completed=first_step) if self._bar else None
 
     def write(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers go to TensorBoard too. `step` says where it belongs."""

@@ -1,5 +1,6 @@
 """Parameter groups and the optimizers: AdamW and LARS, which skip a frozen group as if it had no gradient."""
 
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every group that is not frozen."""
         with _thawed_groups_only(self):
-            return super().step(closure)
+            return typing.cast("float | None", super().step(closure))
 
 
 class LARS(torch.optim.Optimizer):

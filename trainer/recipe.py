@@ -2,14 +2,14 @@
 
 import dataclasses
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from trainer.data.views import View
-from trainer.methods import METHODS
+from trainer.methods import AnyMethod
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.teacher import EMA
 from trainer.models.backbones import Backbone
@@ -17,6 +17,7 @@ from trainer.optim import Optim
 from trainer.schedules import Schedules
 
 PerView = float | tuple[float, ...]
+PER_VIEW = ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
 
 
 class RecipeError(ValueError):
@@ -55,9 +56,10 @@ class ViewGroup:
     def __post_init__(self) -> None:
         if self.count < 0:
             raise ValueError(f"count must be at least 0, got {self.count}")
-        for name in ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+        for name in PER_VIEW:
             if len(self._per_view(name)) != self.count:
-                raise ValueError(f"{name} must be one number, or one for each of {self.count} views, got {getattr(self, name)}")
+                came = getattr(self, name)
+                raise ValueError(f"{name} must be one number, or one for each of {self.count} views, got {came}")
         self.views()  # a view checks its own ranges
 
     def _per_view(self, name: str) -> tuple[float, ...]:
@@ -67,10 +69,9 @@ class ViewGroup:
     def views(self) -> list[View]:
         """The settings of each view."""
         shared = ("size", "scale", "ratio", "brightness", "contrast", "saturation", "hue", "blur_sigma")
-        own = ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
         return [
-            View(**{name: getattr(self, name) for name in shared}, **{name: self._per_view(name)[i] for name in own})
-            for i in range(self.count)
+            View(**(settings | {name: self._per_view(name)[index] for name in PER_VIEW})) for index in range(self.count)
         ]
 
 
@@ -163,7 +164,6 @@ class NoTeacher:
     kind: Literal["none"]
 
 
-Method = Annotated[typing.Union[tuple(METHODS.values())], Field(discriminator="name")]  # type: ignore[valid-type]
 Teacher = Annotated[EMA | NoTeacher, Field(discriminator="kind")]
 
 
@@ -172,7 +172,7 @@ class Recipe:
     """A whole run: method x teacher x backbone x views, on some data, for some epochs."""
 
     seed: int = 0
-    method: Method
+    method: Annotated[AnyMethod, Field(discriminator="name")]
     teacher: Teacher
     backbone: Backbone
     views: Views

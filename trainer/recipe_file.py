@@ -94,7 +94,9 @@ def _faults(error: ValidationError) -> Iterator[str]:
         elif fault["type"] == "value_error":
             yield f"{key}.{message}"  # a block's own check, whose message begins with the field
         elif fault["type"] == "union_tag_invalid":
-            yield f"{key}.{fault['ctx']['discriminator'].strip(chr(39))} must be one of {fault['ctx']['expected_tags']}, got {fault['ctx']['tag']!r}"
+            facts = fault["ctx"]
+            tag = facts["discriminator"].strip("'")
+            yield f"{key}.{tag} must be one of {facts['expected_tags']}, got {facts['tag']!r}"
         else:
             yield f"{key}: {message}, got {fault['input']!r}"
 

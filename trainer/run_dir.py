@@ -62,10 +62,10 @@ def _claim(recipe: Recipe, recipe_path: Path, ds_config: dict[str, Any]) -> str 
 
 def _difference(old: dict[str, Any], recipe: Recipe) -> str:
     """A diff of what shapes the training; empty if a run of the one may be continued by the other."""
-    texts = [
+    before, now = (
         yaml.safe_dump(what_shapes_training(tree), sort_keys=True).splitlines() for tree in (old, recipe.plain())
-    ]
-    return "\n".join(line for line in difflib.ndiff(*texts) if line[0] in "-+")
+    )
+    return "\n".join(line for line in difflib.ndiff(before, now) if line[0] in "-+")
 
 
 def environment() -> dict[str, Any]:

@@ -71,5 +71,6 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     state: dict[str, Tensor] = load_file(folder / MODEL)
     missing, unexpected = network.load_state_dict(state, strict=False)
     if missing or unexpected:
-        raise WeightsError(f"{folder}: tensors do not fit {spec.name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        odd = f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        raise WeightsError(f"{folder}: its tensors do not fit {spec.name} {spec.args}: {odd}")
     return network, config

@@ -64,5 +64,5 @@ def test_an_unknown_network_is_refused_with_near_names() -> None:
 
 
 def test_arguments_that_timm_refuses_are_named() -> None:
-    with pytest.raises(ValueError, match="backbone.args"):
+    with pytest.raises(ValueError, match=r"backbone\.args"):
         build_backbone(Backbone(name="resnet18", args={"no_such_argument": 1}))

@@ -29,7 +29,7 @@ def knn_votes(
         raise ValueError(f"k must lie in [1, {len(bank)} bank images], got {k}")
     bank = F.normalize(bank, dim=1)
     votes = []
-    for chunk in F.normalize(queries, dim=1).split(256):  # 256 x 1.28 M similarities take 1.3 GB
+    for chunk in torch.split(F.normalize(queries, dim=1), 256):  # 256 x 1.28 M similarities take 1.3 GB
         similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.append(weights.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[nearest], weights))

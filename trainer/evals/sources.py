@@ -29,7 +29,7 @@ def open_run(run_dir: Path, overrides: list[str]) -> Source:
     raises: RecipeError if the folder holds no run with weights; WeightsError if weights and recipe differ
     """
     if not (run_dir / "resolved.yaml").is_file():
-        raise RecipeError(f"{run_dir}: not a run; wanted a folder that `trainer pretrain` made, with resolved.yaml in it")
+        raise RecipeError(f"{run_dir}: no resolved.yaml; wanted the run.dir of a `trainer pretrain`")
     recipe = load_recipe(run_dir / "resolved.yaml", overrides)
     branches = sorted(path.parent for path in (run_dir / "weights").glob(f"*/{weights.MODEL}"))
     if not branches:

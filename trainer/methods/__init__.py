@@ -1,6 +1,6 @@
-"""The methods by name; a new one is one file and one line here."""
+"""The methods; `method.name` in a recipe says which. A new one is one file and one name here."""
 
 from trainer.methods.dino import DINOConfig
 from trainer.methods.moco import MoCoConfig
 
-METHODS = {"dino": DINOConfig, "moco": MoCoConfig}
+AnyMethod = DINOConfig | MoCoConfig

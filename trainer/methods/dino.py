@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views
+from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, per_view, split_views
 from trainer.methods.losses import dino_loss, weigh
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import DINOHead
@@ -92,8 +92,8 @@ class DINO(Method):
     def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
         """Every student view against the teacher's other global views."""
         batch = self.batch_size(views)
-        student = self.student(views).unflatten(0, (-1, batch))
-        teacher = teacher.unflatten(0, (-1, batch))
+        student = per_view(self.student(views), batch)
+        teacher = per_view(teacher, batch)
         teacher_temp = self.teacher_temp(progress)
         global_loss, local_loss = dino_loss(
             student, teacher, self.center, student_temp=self.config.student_temp, teacher_temp=teacher_temp
@@ -132,7 +132,8 @@ class DINO(Method):
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """The prototypes."""
-        return [parameter for parameter in self.student.head.last_layer.parameters() if parameter.requires_grad]
+        prototypes = self.student.head.get_submodule("last_layer")
+        return [parameter for parameter in prototypes.parameters() if parameter.requires_grad]
 
     def frozen(self, progress: Progress) -> bool:
         """In the first epoch, as published."""

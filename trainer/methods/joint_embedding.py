@@ -88,10 +88,15 @@ def split_views(views: list[Tensor], rows: int) -> tuple[list[Tensor], list[Tens
     return before, after
 
 
+def per_view(rows: Tensor, batch_size: int) -> Tensor:
+    """(V * B, D) view-major rows as (V, B, D)."""
+    return rows.view(-1, batch_size, rows.shape[-1])
+
+
 def check_weights(config: Any, counts: ViewCounts) -> str | None:
     """The two SSLight weights must be ones that the views can use."""
     if min(config.global_weight, config.local_weight) < 0:
         return f"global_weight and local_weight must be at least 0, got {config.global_weight}, {config.local_weight}"
     if counts.local_views == 0 and config.local_weight > 0:
-        return f"local_weight is {config.local_weight} but there are no local views; set it to 0 or views.local_views.count"
+        return f"local_weight is {config.local_weight} but there are no local views; set it to 0, or add local views"
     return None

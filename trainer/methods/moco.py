@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views
+from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, per_view, split_views
 from trainer.methods.losses import info_nce, weigh
 from trainer.methods.queue import KeyQueue
 from trainer.models.backbones import Branch, num_features
@@ -42,7 +42,8 @@ class MoCoConfig:
             return "MoCo needs a teacher, its key encoder; set teacher.kind to ema"
         if self.queue_size % global_batch:
             near = max(1, round(self.queue_size / global_batch)) * global_batch
-            return f"queue_size {self.queue_size} must be a multiple of optim.global_batch {global_batch}; {near} is near"
+            wanted = f"must be a multiple of optim.global_batch {global_batch}"
+            return f"queue_size {self.queue_size} {wanted}; {near} is near"
         return check_weights(self, counts)
 
     def build(self, backbone: nn.Module, counts: ViewCounts) -> "MoCo":
@@ -70,7 +71,7 @@ class MoCo(Method):
     def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
         """Each query's InfoNCE against its own key and the queue."""
         batch = self.batch_size(views)
-        queries = self.student(split_views(views, batch)[1]).unflatten(0, (-1, batch))
+        queries = per_view(self.student(split_views(views, batch)[1]), batch)
         losses = info_nce(queries, teacher, self.queue.keys, temperature=self.config.temperature)
         self._new_keys.append(teacher.detach())
         num_global_queries = self.counts.global_views - 1

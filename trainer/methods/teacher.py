@@ -27,7 +27,7 @@ class EMA:
 
 
 class EMATeacher(nn.Module):
-    """An exact copy of the student at first; its parameters follow, its BatchNorm statistics are those of its own input.
+    """A copy of the student at first; its parameters follow, its BatchNorm statistics are those of its own input.
 
     It stays outside the wrapped module, so that neither ZeRO shards it nor reduced precision stalls it: in bf16,
     1 - m = 0.0005 is below half a unit in the last place and most entries never move.
@@ -47,6 +47,6 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def follow(self, student: Branch, momentum: float) -> None:
         """t <- momentum t + (1 - momentum) s for every parameter, in one fused update."""
-        mine = list(self.branch.parameters())
+        mine: list[Tensor] = list(self.branch.parameters())
         theirs = [parameter.detach().float() for parameter in student.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - momentum)

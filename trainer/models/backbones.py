@@ -76,7 +76,8 @@ def initialise_like_sslight(network: nn.Module) -> None:
 def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every BatchNorm in the module count over all ranks: torch's own on a GPU, ours on a CPU."""
     if device.type == "cuda":
-        return convert_sync_batchnorm(module)  # timm's: it also knows norms with a fused activation
+        synced: nn.Module = convert_sync_batchnorm(module)  # timm's: it also knows norms with a fused activation
+        return synced
     return SyncBatchNorm.convert(module)
 
 

@@ -1,5 +1,7 @@
 """Projection heads of the methods."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ def mlp(sizes: list[int], *, activation: type[nn.Module], norm: bool) -> nn.Sequ
     Linear weights: truncated normal 0.02, biases 0, as in the DINO and SSLight heads.
     """
     layers: list[nn.Module] = []
-    for index, (wide, narrow) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (wide, narrow) in enumerate(itertools.pairwise(sizes)):
         linear = nn.Linear(wide, narrow)
         nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)

@@ -13,7 +13,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
     """x -> (x - mean) / sqrt(var + eps) * weight + bias, with the mean and variance of all ranks' rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes = [axis for axis in range(x.ndim) if axis != 1]
@@ -30,7 +30,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, total
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: FunctionCtx, gradient: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse_std, total = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -67,10 +67,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise with all ranks' statistics when training, with the running ones otherwise."""
-        if self.training and distributed.world() > 1:
-            output = self._over_ranks(input)
-        else:
-            output = super().forward(input)
+        over_ranks = self.training and distributed.world() > 1
+        output = self._over_ranks(input) if over_ranks else super().forward(input)
         activated: Tensor = self.act(self.drop(output))
         return activated
 
@@ -97,7 +95,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     @classmethod
     def _like(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "SyncBatchNorm":
         if norm.momentum is None or not norm.affine or not norm.track_running_stats:
-            raise ValueError(f"sync_batchnorm needs BatchNorm with weights, running statistics and momentum, got {norm}")
+            raise ValueError(f"sync_batchnorm needs BatchNorm with weights, statistics and momentum, got {norm}")
         synced = cls(
             norm.num_features,
             eps=norm.eps,

@@ -1,0 +1,83 @@
+"""DeepSpeed's configuration: what it would silently do otherwise is refused here, with what to do instead."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.engine import KNOWN_KEYS, DSConfigError, load_ds_config
+from trainer.optim import Optim
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+
+
+def optim(name: str = "adamw", accumulation: int = 2) -> Optim:
+    return Optim(
+        name=name, epochs=1, global_batch=32, accumulation=accumulation, base_lr=1, final_lr=0, warmup_epochs=0,
+        weight_decay=0, final_weight_decay=0,
+    )  # fmt: skip
+
+
+def fault_of(tmp_path: Path, config: object, *, name: str = "adamw") -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(DSConfigError) as caught:
+        load_ds_config(path, optim(name), micro_batch=8)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_gets_the_recipes_batches(path: Path) -> None:
+    config = load_ds_config(path, optim(), micro_batch=8)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (8, 2)
+    assert path.read_text().startswith("//"), "each says when to use it"
+
+
+def test_clipping_is_always_written_since_deepspeeds_default_would_clip_at_one() -> None:
+    assert load_ds_config(None, optim(), micro_batch=8)["gradient_clipping"] == 0.0
+
+
+def test_a_misspelt_key_is_an_error(tmp_path: Path) -> None:
+    assert "zero_optimisation: unknown key; did you mean zero_optimization?" in fault_of(
+        tmp_path, {"zero_optimisation": {"stage": 1}}
+    )
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_accumulation_steps", "optimizer", "gradient_clipping"])
+def test_what_the_recipe_decides_is_refused_here(tmp_path: Path, key: str) -> None:
+    assert f"{key} belongs to the recipe" in fault_of(tmp_path, {key: 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "stage 3 is not supported yet; use 0 or 1"),
+        ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"bf16": {"enabled": True}}, "torch_autocast"),
+        ({"fp16": {"enabled": True}}, "torch_autocast"),
+        ("{not json", "not valid JSON"),
+        ([1, 2], "wanted a mapping"),
+    ],
+)
+def test_what_would_train_something_else_is_refused(tmp_path: Path, config: object, said: str) -> None:
+    assert said in fault_of(tmp_path, config)
+
+
+def test_lars_on_slices_of_parameters_is_refused(tmp_path: Path) -> None:
+    said = fault_of(tmp_path, {"zero_optimization": {"stage": 1}}, name="lars")
+    assert "LARS needs whole parameters" in said
+    assert "ds_configs/zero0.json" in said
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(DSConfigError, match="no such file"):
+        load_ds_config(Path("ds_configs/zero9.json"), optim(), micro_batch=8)
+
+
+def test_every_known_key_is_one_that_deepspeed_reads() -> None:
+    """The list is ours; this keeps it honest against the installed DeepSpeed's source."""
+    import deepspeed
+
+    source = "\n".join(path.read_text() for path in Path(deepspeed.__path__[0]).rglob("*.py"))
+    assert {key for key in KNOWN_KEYS if f'"{key}"' not in source and f"'{key}'" not in source} == set()

@@ -1,0 +1,97 @@
+"""The same training however it is sharded, and the same after a pause; all on one pair of gloo ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch import DEMO, TINY, TINY_MOCO, losses
+from tests.spawn import run_ranks
+
+CONFIGS = Path(__file__).parents[1] / "ds_configs"
+DINO = (
+    "method={name: dino, hidden_dim: 32, bottleneck_dim: 16, num_prototypes: 32, head_norm: true, "
+    "warmup_teacher_temp_epochs: 1, global_weight: 0.4, local_weight: 0.6}"
+)
+LIVELY = ("optim.base_lr=0.02", "optim.warmup_epochs=0", "evals.knn.every_epochs=0")
+VIT = ("backbone.name=vit_tiny_patch16_224", "backbone.args={img_size: 32, patch_size: 8, dynamic_img_size: true, "
+       "embed_dim: 24, depth: 2, num_heads: 2}", "backbone.sync_batchnorm=false")  # fmt: skip
+
+CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "moco-zero0": ((*TINY_MOCO, *LIVELY), None),
+    "moco-zero1": ((*TINY_MOCO, *LIVELY), "zero1.json"),
+    "dino-zero0": ((*TINY, DINO, *LIVELY), "zero0.json"),
+    "dino-zero1": ((*TINY, DINO, *LIVELY), "zero1.json"),
+    "dino-bf16": ((*TINY, DINO, *LIVELY), "zero0_bf16.json"),
+    "dino-lars": ((*TINY, DINO, *LIVELY, "optim.name=lars"), None),
+    "vit": ((*TINY_MOCO, *LIVELY, *VIT), None),
+    "vit-accumulated": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), None),
+}
+
+
+def train_every_case(data: Path, out: Path) -> dict[str, float]:
+    """On one rank: each case's 12 steps; then DINO once more in two halves, as after a pause."""
+    from trainer.loop import pretrain
+    from trainer.recipe_file import load_recipe
+
+    def train(name: str, overrides: tuple[str, ...], config: str | None) -> None:
+        paths = (f"data.train={data / 'train.beton'}", f"run.dir={out / name}", "run.checkpoint_every_epochs=0.5")
+        pretrain(load_recipe(DEMO, [*overrides, *paths]), DEMO, None if config is None else CONFIGS / config)
+
+    for name, (overrides, config) in CASES.items():
+        train(name, overrides, config)
+    for method in ("dino-zero1", "dino-lars"):
+        overrides, config = CASES[method]
+        train(f"{method}-paused", overrides, config)
+        forget_the_end(out / f"{method}-paused")
+        train(f"{method}-paused", overrides, config)
+    return {}
+
+
+def forget_the_end(run_dir: Path) -> None:
+    """Put the run back to its last but one checkpoint, as if it had died before the last was complete."""
+    import shutil
+
+    from trainer import distributed
+
+    if distributed.is_main():
+        shutil.rmtree(run_dir / "checkpoints/step_0000012")
+        (run_dir / "finished").unlink()
+    distributed.barrier()
+
+
+@pytest.fixture(scope="module")
+def runs(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
+    """Losses of every step of every case."""
+    out = tmp_path_factory.mktemp("equivalence")
+    run_ranks(train_every_case, synthetic, out, timeout_s=400)
+    return {path.name: losses(path) for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("method", ["moco", "dino"])
+def test_zero_stages_train_the_same_to_the_bit(runs: dict[str, dict[int, float]], method: str) -> None:
+    assert len(runs[f"{method}-zero0"]) == 12
+    assert runs[f"{method}-zero1"] == runs[f"{method}-zero0"]
+
+
+def test_accumulating_two_half_batches_is_training_on_the_whole(runs: dict[str, dict[int, float]]) -> None:
+    """Without BatchNorm, whose statistics are those of a micro-batch."""
+    assert list(runs["vit-accumulated"].values()) == pytest.approx(list(runs["vit"].values()), rel=1e-4)
+
+
+def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -> None:
+    ours, theirs = runs["dino-bf16"], runs["dino-zero0"]
+    assert ours != theirs, "autocast must have had an effect"
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("case", ["dino-zero1", "dino-lars"])
+def test_a_paused_run_continues_to_the_bit(runs: dict[str, dict[int, float]], case: str) -> None:
+    assert runs[f"{case}-paused"] == runs[case]
+
+
+def test_every_case_moved_its_weights_and_stayed_finite(runs: dict[str, dict[int, float]]) -> None:
+    for name, values in runs.items():
+        series = torch.tensor(list(values.values()))
+        assert series.isfinite().all(), name
+        assert series.unique().numel() == 12, name

@@ -1,0 +1,134 @@
+"""The whole run under the real launchers: the same from each of them, and the same after a killed rank."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import DEMO, TINY_MOCO, launcher, losses, metrics, run, start
+
+CHECKPOINTS = "run.checkpoint_every_epochs=0.5"
+
+
+def pretrain(kind: str, data: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    paths = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"run.dir={run_dir}"]
+    return [*launcher(kind, ranks), "pretrain", str(DEMO), *TINY_MOCO, CHECKPOINTS, *paths, *overrides]
+
+
+@pytest.fixture(scope="module")
+def straight(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run: deepspeed launcher, 2 ranks, 12 steps, checkpoints every 3."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    run(pretrain("deepspeed", synthetic, run_dir))
+    return run_dir
+
+
+def test_a_run_directory_holds_what_the_documentation_says(straight: Path) -> None:
+    names = {str(path.relative_to(straight)) for path in straight.rglob("*")}
+    assert names >= {
+        "recipe.yaml", "resolved.yaml", "environment.json", "ds_config.json", "train.log", "metrics.jsonl", "finished",
+        "checkpoints/latest", "checkpoints/step_0000012/manifest.json", "weights/student/model.safetensors",
+        "weights/student/config.json", "weights/teacher/model.safetensors",
+    }  # fmt: skip
+    assert (straight / "recipe.yaml").read_text() == DEMO.read_text()
+    kept = {path.name for path in (straight / "checkpoints").iterdir()}
+    assert kept == {"latest", "step_0000012", "step_0000009"}, "the last two stay"
+    first = metrics(straight)[0]
+    assert set(first) >= {
+        "step", "epoch", "loss", "loss/global", "loss/local", "lr", "weight_decay", "momentum", "images_per_s",
+        "data_time_s", "step_time_s",
+    }  # fmt: skip
+    assert list(losses(straight)) == list(range(12))
+    evaluations = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert sum("knn/student_top1" in record for record in evaluations) == 1
+
+
+def test_timm_loads_the_weights_of_a_run(straight: Path) -> None:
+    folder = straight / "weights/student"
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in saved.items())
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
+
+
+def test_torchrun_trains_the_same_as_the_deepspeed_launcher(straight: Path, synthetic: Path, tmp_path: Path) -> None:
+    run(pretrain("torchrun", synthetic, tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_one_process_without_a_launcher_trains_the_same_but_for_rounding(
+    straight: Path, synthetic: Path, tmp_path: Path
+) -> None:
+    run(pretrain("python", synthetic, tmp_path / "run"))
+    ours, theirs = losses(tmp_path / "run"), losses(straight)
+    assert list(ours) == list(theirs)
+    assert list(ours.values())[:6] == pytest.approx(list(theirs.values())[:6], rel=2e-4)
+
+
+def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit(straight: Path, synthetic: Path, tmp_path: Path) -> None:
+    """kill -9 of rank 1 in the middle of the second epoch; the same command continues from the last checkpoint."""
+    run_dir = tmp_path / "run"
+    command = pretrain("deepspeed", synthetic, run_dir)
+    launched = start(command)
+    try:
+        wait_for_step(run_dir, 7)
+        kill_rank(launched.pid, 1)
+        output, _ = launched.communicate(timeout=60)
+    finally:
+        launched.kill()
+    assert launched.returncode != 0, output
+    assert not (run_dir / "finished").exists()
+    resumed_from = newest_checkpoint(run_dir)
+    assert 6 <= resumed_from < 12
+
+    output = run(command)
+    assert f"continuing after step {resumed_from}" in output
+    assert losses(run_dir) == losses(straight)
+    ours, theirs = (load_file(folder / "weights/teacher/model.safetensors") for folder in (run_dir, straight))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def wait_for_step(run_dir: Path, step: int, timeout_s: float = 120) -> None:
+    path = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and path.read_text().count('"loss"') > step):
+        assert time.monotonic() < deadline, f"no step {step} after {timeout_s} s"
+        time.sleep(0.02)
+
+
+def kill_rank(launcher_pid: int, rank: int) -> None:
+    """End one worker of the launcher that we started, the way the kernel does when memory runs out."""
+    for process in psutil.Process(launcher_pid).children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+    raise AssertionError(f"no process of rank {rank} below {launcher_pid}")
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    return int((run_dir / "checkpoints/latest").read_text().strip().removeprefix("step_"))
+
+
+def test_a_finished_run_started_again_trains_nothing_and_keeps_its_records(straight: Path, synthetic: Path) -> None:
+    before = (straight / "metrics.jsonl").read_text()
+    output = run(pretrain("deepspeed", synthetic, straight))
+    assert "continuing after step 12" in output
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_evaluate_reports_the_network_beside_pixels_and_the_untrained_one(straight: Path) -> None:
+    output = run([*launcher("deepspeed"), "evaluate", str(straight), "--protocol", "knn", "evals.knn.k=3"])
+    report = json.loads((straight / "evals/knn-0000012.json").read_text())
+    assert list(report["results"]) == ["pixels", "untrained", "student", "teacher"]
+    assert report["settings"]["k"] == 3
+    assert report["results"]["student"]["origin"].startswith("sha256:")
+    assert all(0 <= result["top1"] <= 100 for result in report["results"].values())
+    for name, result in report["results"].items():
+        assert f"{result['top1']:.2f}" in next(line for line in output.splitlines() if name in line)
