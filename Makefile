@@ -33,11 +33,11 @@ help: ## this list
 
 # --- set-up: each stamp is named by the content it was made from, so a change makes it anew, and only a change ---
 
-digest = $(shell { echo "$(CURDIR) $(TORCH_EXTENSIONS_DIR)"; cat $(1); } | sha256sum | cut -c -16)
+digest = $(shell { echo "$(CURDIR) $(2)"; cat $(1); } | sha256sum | cut -c -16)
 STAMPS := $(ENVIRONMENT)/.setup
 PACKAGES := $(STAMPS)/packages-$(call digest,setup.cfg setup.py pyproject.toml)
 KERNEL := $(STAMPS)/kernel-$(call digest,setup.py $(sort $(wildcard trainer/data/csrc/*)))
-EXTENSION := $(STAMPS)/extension-$(call digest,setup.cfg)
+EXTENSION := $(STAMPS)/extension-$(call digest,setup.cfg,$(TORCH_EXTENSIONS_DIR))
 
 setup: $(PACKAGES) $(KERNEL) $(EXTENSION) ## system packages, environment, compiled parts; `make demo` and `make test` do it
 
