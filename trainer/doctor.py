@@ -249,10 +249,9 @@ def progress(label: str) -> Iterator[None]:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds the lock now.
+    """Whether a process holds the lock now; the file alone says nothing, since torch leaves it behind.
 
-    The file alone says nothing. torch before 2.14 took its existence for the lock, so that a killed build stopped every
-    later run for ever; since then it is an flock, which ends with its process, and the file stays behind on purpose.
+    It is an flock, which ends with its process. In torch before 2.14 a file that a killed build left stopped every run.
     """
     if not lock.exists():
         return False
