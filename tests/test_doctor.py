@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import doctor
+from trainer import doctor, toolchain
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import torch
 
     monkeypatch.setenv("PATH", os.environ["PATH"])
-    doctor.own_tools_first()
+    toolchain.use_own()
     (tmp_path / "source.cpp").write_text("old")
     (tmp_path / "build.ninja").write_text(
         f"# -L{Path(torch.__file__).parent}/lib\n"
@@ -110,7 +110,7 @@ def test_an_unfinished_build_is_not_taken_for_a_built_extension(built: Path) -> 
 def test_programs_of_this_environment_come_first_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = sysconfig.get_path("scripts")
     monkeypatch.setenv("PATH", f"/usr/bin:{scripts}:/bin")
-    doctor.own_tools_first()
+    toolchain.use_own()
     assert os.environ["PATH"] == f"{scripts}:/usr/bin:/bin"
     assert shutil.which("ninja") == f"{scripts}/ninja"
 

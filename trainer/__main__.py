@@ -13,16 +13,17 @@ log = logging.getLogger("trainer")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 0 if it succeeded, 2 if the user must change something, 1 if something broke."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["doctor"]:
+        from trainer import doctor
+
+        return doctor.main(argv[1:])
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
     _log_to_console()
-    if args.verb == "doctor":
-        from trainer import doctor
-
-        return doctor.main(args.flags)
     return _run(args, overrides)
 
 
@@ -39,14 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a run has learnt")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--protocol", required=True, choices=("knn",))
-    doctor = verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles")
-    doctor.add_argument("flags", nargs=argparse.REMAINDER)
+    verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
 
 
 def _log_to_console() -> None:
     """Rank 0 speaks; other ranks only warn, and say who they are."""
     rank = int(os.environ.get("RANK", "0"))
+    if log.handlers:
+        return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.addHandler(handler)
@@ -57,7 +59,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     # These imports take seconds, and --help need not wait for them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     from data_prep.schema import BetonError
-    from trainer import distributed
     from trainer.checkpoint import CheckpointError
     from trainer.data.loader import DataError
     from trainer.engine import DSConfigError
@@ -80,10 +81,18 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     except (DataError, CheckpointError, TrainingError) as error:
         log.error("%s", error)
         return 1
-    finally:
-        distributed.stop()
     return 0
 
 
+def command() -> int:
+    """`main` as a process of its own, which leaves the process group at its end."""
+    code = main()
+    if "torch" in sys.modules:
+        from trainer import distributed
+
+        distributed.stop()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

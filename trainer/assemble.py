@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from data_prep.schema import open_beton
 from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.engine import build_engine
@@ -33,18 +34,31 @@ class Assembly:
     engine: "DeepSpeedEngine"
 
 
-def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
-    """Build every part, the same on every rank.
+def count_steps(recipe: Recipe) -> int:
+    """Steps an epoch, after a look at the data: what is wrong with them is said before anything is written.
 
-    raises: RecipeError if the data hold less than one global batch; BetonError if they cannot be read
+    raises: BetonError if a file is no beton of ours; RecipeError if it holds too little for what the recipe asks
     """
-    loader = build_loader(recipe)
-    steps_per_epoch = loader.num_samples // recipe.optim.global_batch
-    if steps_per_epoch == 0:
+    train = open_beton(recipe.data.train)
+    if recipe.data.val is not None:
+        unlabelled = [info.path for info in (train, open_beton(recipe.data.val)) if not info.labelled]
+        if unlabelled:
+            raise RecipeError(
+                f"data.val is there to evaluate with, and {unlabelled[0]} has no labels; convert class folders, or "
+                "train without data.val"
+            )
+    if train.num_samples < recipe.optim.global_batch:
         raise RecipeError(
-            f"data.train {recipe.data.train} holds {loader.num_samples} images, less than one global batch of "
+            f"data.train {recipe.data.train} holds {train.num_samples} images, less than one global batch of "
             f"{recipe.optim.global_batch}; lower optim.global_batch or convert more images"
         )
+    return train.num_samples // recipe.optim.global_batch
+
+
+def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
+    """Build every part, the same on every rank."""
+    schedules = recipe.schedules(count_steps(recipe))
+    loader = build_loader(recipe)
     method = build_method(recipe)
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
@@ -53,7 +67,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) ->
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
     seed_everything(recipe.seed, distributed.rank())
-    return Assembly(loader, recipe.schedules(steps_per_epoch), method, teacher, engine)
+    return Assembly(loader, schedules, method, teacher, engine)
 
 
 def build_method(recipe: Recipe) -> Method:

@@ -13,7 +13,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -23,6 +22,8 @@ from dataclasses import dataclass
 from importlib import machinery, metadata
 from pathlib import Path
 from typing import Any
+
+from trainer import toolchain
 
 PROJECT = "featherweight"
 EXTENSION = "deepspeed_shm_comm"
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--build", action="store_true", help=f"first build {EXTENSION}, which a CPU run needs")
     parser.add_argument("--clear-locks", action="store_true", help="first remove a build lock that no process holds")
     options = parser.parse_args(argv)
-    own_tools_first()
+    toolchain.use_own()
     if options.clear_locks:
         print(clear_lock(extension_folder()))
     built = build() if options.build else True
@@ -152,17 +153,6 @@ def devices() -> Check:
     unused = Path("/dev/nvidia0").exists()
     found = "a GPU that torch cannot use" if unused else "no GPU: gloo on the CPU"
     return Check("devices", not unused, found, f"torch wants a driver for CUDA {torch.version.cuda}; see nvidia-smi")
-
-
-def own_tools_first() -> None:
-    """Put this environment's programs first on PATH, so that every run finds the same ninja.
-
-    ninja 1.11 and 1.13 do not read each other's logs: a run that finds the other compiles again, one that finds none
-    dies; either happens to `.venv/bin/deepspeed` when the environment is not activated.
-    """
-    scripts = sysconfig.get_path("scripts")
-    others = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder != scripts]
-    os.environ["PATH"] = os.pathsep.join([scripts, *others])
 
 
 def extension_folder() -> Path:

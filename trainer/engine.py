@@ -11,6 +11,7 @@ import hjson
 import torch
 from torch import nn
 
+from trainer import toolchain
 from trainer.optim import Optim
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
 
 
 def _import_deepspeed() -> Any:
+    toolchain.use_own()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no GPU
@@ -125,5 +127,3 @@ def _import_deepspeed() -> Any:
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
-
-

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, distributed, run_dir, weights
-from trainer.assemble import Assembly, assemble
+from trainer.assemble import Assembly, assemble, count_steps
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
 from trainer.engine import autocast, load_ds_config
@@ -38,65 +39,69 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     """
     device = distributed.local_device()
     ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
+    count_steps(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
     run_dir.log_to(folder)
     run = assemble(recipe, ds_config, device)
-    step = checkpoint.resume(folder, run.engine, run.method, run.teacher)
-    schedules, optim = run.schedules, recipe.optim
-    announce(recipe, run, step)
+    next_step = checkpoint.resume(folder, run.engine, run.method, run.teacher)
+    announce(recipe, run, next_step)
+
+    schedules, optim, knn, keep = run.schedules, recipe.optim, recipe.evals.knn, recipe.run.keep_checkpoints
     precision = autocast(ds_config, device)
     checkpoint_steps = max(1, round(recipe.run.checkpoint_every_epochs * schedules.steps_per_epoch))
-    metrics = MetricLog(
-        folder, first_step=step, num_steps=schedules.num_steps, tensorboard=recipe.run.tensorboard
-    )
     averages, clock = Averages(), StepClock(optim.global_batch)
-    while step < schedules.num_steps:
-        epoch = step // schedules.steps_per_epoch
-        epoch_end = (epoch + 1) * schedules.steps_per_epoch
-        start = (step % schedules.steps_per_epoch) * optim.global_batch
-        batches = run.loader.epoch(epoch, start=start)
-        clock.resume()
-        while step < epoch_end:
-            progress = schedules.at(step)
-            set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
-            for _ in range(optim.accumulation):
-                views = clock.waits_for(to_device, batches, recipe, device)
-                teacher_output = None
-                if run.teacher is not None:
+    with (
+        closing(run.loader),
+        MetricLog(folder, next_step, schedules.num_steps, tensorboard=recipe.run.tensorboard) as metrics,
+    ):
+        while next_step < schedules.num_steps:
+            epoch, done = divmod(next_step, schedules.steps_per_epoch)
+            batches = run.loader.epoch(epoch, start=done * optim.global_batch)
+            clock.resume()
+            for step in range(next_step, (epoch + 1) * schedules.steps_per_epoch):
+                progress = schedules.at(step)
+                set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
+                for _ in range(optim.accumulation):
+                    views = clock.waits_for(to_device, batches, recipe, device)
                     with precision:
-                        teacher_output = run.teacher(run.method.teacher_views(views))
-                loss, parts = run.engine(views, teacher_output, progress)
-                run.engine.backward(loss)
-                run.engine.step()
-                averages.add({"loss": loss, **parts})
-            applied = run.engine.was_step_applied()
-            run.method.after_step(applied=applied)
-            if run.teacher is not None and applied:
-                run.teacher.follow(run.method.student, progress.momentum)
-            step += 1
-            clock.tick()
+                        teacher_output = run.teacher and run.teacher(run.method.teacher_views(views))
+                    loss, parts = run.engine(views, teacher_output, progress)
+                    run.engine.backward(loss)
+                    run.engine.step()
+                    averages.add({"loss": loss, **parts})
+                applied = run.engine.was_step_applied()
+                run.method.after_step(applied=applied)
+                if run.teacher is not None and applied:
+                    run.teacher.follow(run.method.student, progress.momentum)
+                clock.tick()
 
-            is_checkpoint = step % checkpoint_steps == 0 or step == schedules.num_steps
-            if step % recipe.run.log_every_steps == 0 or is_checkpoint:
-                record = describe(progress) | averages.read() | clock.read()
-                stop_if_not_finite(record)
-                metrics.write(record)
-                metrics.show(record)
-            if is_checkpoint:
-                checkpoint.save(folder, step, run.engine, run.method, run.teacher, keep=recipe.run.keep_checkpoints)
-                weights.save(folder, recipe, run.method, run.teacher)
-                clock.resume()
-        batches.close()
-        every = recipe.evals.knn.every_epochs
-        if recipe.data.val is not None and every and ((epoch + 1) % every == 0 or step == schedules.num_steps):
-            accuracies = evaluate_branches(recipe, run.method, run.teacher, device)
-            metrics.write({"step": step - 1, "epoch": epoch, **accuracies})
-            log.info("epoch %d  %s", epoch, "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
-    metrics.close()
+                next_step = step + 1
+                is_last = next_step == schedules.num_steps
+                is_checkpoint = next_step % checkpoint_steps == 0 or is_last
+                if next_step % recipe.run.log_every_steps == 0 or is_checkpoint:
+                    record = describe(progress) | averages.read() | clock.read()
+                    stop_if_not_finite(record)
+                    metrics.write(record)
+                    metrics.show(record)
+                if is_checkpoint:
+                    checkpoint.save(folder, next_step, run.engine, run.method, run.teacher, keep=keep)
+                    weights.save(folder, recipe, run.method, run.teacher)
+                    clock.resume()
+            batches.close()
+            if recipe.data.val is not None and knn.every_epochs and ((epoch + 1) % knn.every_epochs == 0 or is_last):
+                accuracies = evaluate_branches(recipe, run.method, run.teacher, device)
+                metrics.write({"step": step, "epoch": epoch, **accuracies})
+                log.info("epoch %d  k-NN %s", epoch, brief(accuracies))
     if distributed.is_main():
-        run_dir.write_text(folder / SUCCESS, f"{step} steps\n")
-        log.info("finished %d steps; the run is in %s", step, folder)
+        run_dir.write_text(folder / SUCCESS, f"{next_step} steps\n")
+        log.info("finished %d steps; the run is in %s", next_step, folder)
+
+
+def brief(accuracies: dict[str, float]) -> str:
+    """The top-1 of each network, for one line."""
+    top1 = {name: value for name, value in accuracies.items() if name.endswith("top1")}
+    return ", ".join(f"{name.removeprefix('knn/').removesuffix('_top1')} {value:.2f} %" for name, value in top1.items())
 
 
 def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> list[Tensor]:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -43,7 +43,7 @@ class Averages:
 class MetricLog:
     """Writes records to metrics.jsonl and TensorBoard, and shows how far a run is; does nothing on other ranks."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, first_step: int, num_steps: int, *, tensorboard: bool) -> None:
         self._started = time.monotonic()
         self._first_step, self._num_steps = first_step, num_steps
         self._file = self._board = self._bar = None
@@ -85,7 +85,10 @@ class MetricLog:
     def _eta_s(self, done: int) -> float:
         return (time.monotonic() - self._started) / (done - self._first_step) * (self._num_steps - done)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Write what is open."""
         if self._bar is not None:
             self._bar.stop()

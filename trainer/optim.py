@@ -154,7 +154,6 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
-
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:

@@ -28,9 +28,7 @@ def ramp(start: float, final: float, step: int, num_steps: int) -> float:
     return start if num_steps == 1 else start + (final - start) * step / (num_steps - 1)
 
 
-def warmup_cosine(
-    start: float, peak: float, final: float, step: int, *, num_steps: int, warmup_steps: int
-) -> float:
+def warmup_cosine(start: float, peak: float, final: float, step: int, *, num_steps: int, warmup_steps: int) -> float:
     """A ramp from `start` to `peak` over the warm-up, then half a cosine towards `final`.
 
     The last warm-up step and the first cosine step both give `peak`, as in the SSLight code (utils/scheduler.py).

@@ -48,9 +48,7 @@ def test_reference_initialisation_differs_from_timms_where_the_published_code_do
             expected = math.sqrt(2 / (9 * module.in_channels))
             assert module.weight.std().item() == pytest.approx(expected, rel=0.06)
     resnet = build_backbone(Backbone(name="resnet18"))
-    assert all(
-        bool((module.weight == 1).all()) for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)
-    )
+    assert all(bool((module.weight == 1).all()) for module in resnet.modules() if isinstance(module, nn.BatchNorm2d))
     assert any(
         bool((module.weight == 0).all())
         for module in timm.create_model("resnet18").modules()

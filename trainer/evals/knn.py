@@ -1,7 +1,6 @@
 """Weighted k-nearest-neighbour accuracy: val images vote among train images, without any training."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ def reader_of(recipe: Recipe, device: torch.device) -> ImageReader:
 
 def evaluate_branches(
     recipe: Recipe, method: Method, teacher: EMATeacher | None, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Student's and teacher's k-NN during training, under the names of metrics.jsonl."""
     assert recipe.data.val is not None
     networks: dict[str, nn.Module] = {"student": method.student.backbone}

@@ -85,9 +85,7 @@ class DINO(Method):
     def teacher_temp(self, progress: Progress) -> float:
         """The teacher's temperature, by epoch as published."""
         config = self.config
-        return ramp(
-            config.warmup_teacher_temp, config.teacher_temp, progress.epoch, config.warmup_teacher_temp_epochs
-        )
+        return ramp(config.warmup_teacher_temp, config.teacher_temp, progress.epoch, config.warmup_teacher_temp_epochs)
 
     def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
         """Every student view against the teacher's other global views."""

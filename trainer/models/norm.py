@@ -30,9 +30,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var, total
 
     @staticmethod
-    def backward(
-        ctx: FunctionCtx, gradient: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse_std, total = ctx.saved_tensors  # type: ignore[attr-defined]
         shape = [1, -1] + [1] * (x.ndim - 2)
         axes = [axis for axis in range(x.ndim) if axis != 1]
