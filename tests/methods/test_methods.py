@@ -14,7 +14,6 @@ from trainer.methods.joint_embedding import ViewCounts, split_views
 from trainer.methods.moco import MoCo, MoCoConfig
 from trainer.methods.queue import KeyQueue
 from trainer.methods.teacher import EMATeacher
-from trainer.models.backbones import Branch
 from trainer.schedules import Progress
 
 COUNTS = ViewCounts(global_views=2, local_views=6)
