@@ -7,18 +7,12 @@
 #ifndef FEATHERWEIGHT_COLOUR_H
 #define FEATHERWEIGHT_COLOUR_H
 
-#include "views.h"
+#include "rows.h"
 
 /* ITU-R 601-2 luma, PIL's "L" (torchvision writes 0.2989, so that its white is 254.97). */
 #define LUMA_R 0.299f
 #define LUMA_G 0.587f
 #define LUMA_B 0.114f
-
-typedef struct {
-    float *r, *g, *b; /* one after the other in memory */
-    int16_t *shorts;  /* 3 * padded, for the way from and to the canvas */
-    int padded;       /* a multiple of 16; the loops below say so to the compiler */
-} Row;
 
 INLINE float clamp(float value)
 {
@@ -29,61 +23,6 @@ INLINE float clamp(float value)
 INLINE float luma(float r, float g, float b)
 {
     return LUMA_R * r + LUMA_G * g + LUMA_B * b;
-}
-
-/* Eight RGB pixels fill three vectors. Lane by lane, each channel is picked from the vector that holds it, and then put
- * in order: a blend costs less than a shuffle of two vectors, which is what the compiler makes of the plain loop. */
-INLINE void split_pixels(const int16_t *pixels, int16_t *out, ptrdiff_t step)
-{
-    Eight u, v, w;
-    memcpy(&u, pixels, sizeof u), memcpy(&v, pixels + 8, sizeof v), memcpy(&w, pixels + 16, sizeof w);
-    Eight r = __builtin_shufflevector(u, v, 0, 9, 2, 3, 12, 5, 6, 15);
-    Eight g = __builtin_shufflevector(u, v, 0, 1, 10, 3, 4, 13, 6, 7);
-    Eight b = __builtin_shufflevector(u, v, 8, 1, 2, 11, 4, 5, 14, 7);
-    r = __builtin_shufflevector(r, w, 0, 1, 10, 3, 4, 13, 6, 7);
-    g = __builtin_shufflevector(g, w, 8, 1, 2, 11, 4, 5, 14, 7);
-    b = __builtin_shufflevector(b, w, 0, 9, 2, 3, 12, 5, 6, 15);
-    r = __builtin_shufflevector(r, r, 0, 3, 6, 1, 4, 7, 2, 5);
-    g = __builtin_shufflevector(g, g, 1, 4, 7, 2, 5, 0, 3, 6);
-    b = __builtin_shufflevector(b, b, 2, 5, 0, 3, 6, 1, 4, 7);
-    memcpy(out, &r, sizeof r), memcpy(out + step, &g, sizeof g), memcpy(out + 2 * step, &b, sizeof b);
-}
-
-/* split_pixels backwards */
-INLINE void join_pixels(const int16_t *in, ptrdiff_t step, int16_t *pixels)
-{
-    Eight r, g, b, u, v, w;
-    memcpy(&r, in, sizeof r), memcpy(&g, in + step, sizeof g), memcpy(&b, in + 2 * step, sizeof b);
-    r = __builtin_shufflevector(r, r, 0, 3, 6, 1, 4, 7, 2, 5);
-    g = __builtin_shufflevector(g, g, 5, 0, 3, 6, 1, 4, 7, 2);
-    b = __builtin_shufflevector(b, b, 2, 5, 0, 3, 6, 1, 4, 7);
-    u = __builtin_shufflevector(r, g, 0, 9, 2, 3, 12, 5, 6, 15);
-    v = __builtin_shufflevector(r, g, 0, 1, 10, 3, 4, 13, 6, 7);
-    w = __builtin_shufflevector(r, g, 8, 1, 2, 11, 4, 5, 14, 7);
-    u = __builtin_shufflevector(u, b, 0, 1, 10, 3, 4, 13, 6, 7);
-    v = __builtin_shufflevector(v, b, 8, 1, 2, 11, 4, 5, 14, 7);
-    w = __builtin_shufflevector(w, b, 0, 9, 2, 3, 12, 5, 6, 15);
-    memcpy(pixels, &u, sizeof u), memcpy(pixels + 8, &v, sizeof v), memcpy(pixels + 16, &w, sizeof w);
-}
-
-INLINE void load_row(const int16_t *pixels, Row row)
-{
-    int16_t *restrict shorts = row.shorts;
-    float *restrict values = row.r; /* r, g and b follow one another */
-    for (ptrdiff_t i = 0; i < row.padded; i += 8)
-        split_pixels(pixels + 3 * i, shorts + i, row.padded);
-    for (ptrdiff_t i = 0; i < (3 * row.padded & ~15); i++)
-        values[i] = shorts[i];
-}
-
-INLINE void store_row(Row row, int16_t *pixels)
-{
-    int16_t *restrict shorts = row.shorts;
-    const float *restrict values = row.r;
-    for (ptrdiff_t i = 0; i < (3 * row.padded & ~15); i++)
-        shorts[i] = (int16_t)(values[i] + 0.5f);
-    for (ptrdiff_t i = 0; i < row.padded; i += 8)
-        join_pixels(shorts + i, row.padded, pixels + 3 * i);
 }
 
 /* value * scale + shift on every channel: brightness and, with a grey shift, contrast. */
@@ -169,33 +108,58 @@ INLINE void apply_ops(Row row, const Params *p, int from, int to, float mean)
     }
 }
 
-/* Runs the operations before contrast and returns the mean luma of the result, which contrast needs. */
+static CLONES void channel_means(const Canvas *canvas, float mean[3])
+{
+    int64_t sum[3] = {0};
+    for (int y = 0; y < canvas->size; y++) {
+        const int16_t *pixels = canvas->pixels + y * canvas->stride;
+        int32_t r = 0, g = 0, b = 0; /* 131,000 pixels fit */
+        for (ptrdiff_t i = 0; i < canvas->size; i++)
+            r += pixels[3 * i], g += pixels[3 * i + 1], b += pixels[3 * i + 2];
+        sum[0] += r, sum[1] += g, sum[2] += b;
+    }
+    for (int i = 0; i < 3; i++)
+        mean[i] = (float)((double)sum[i] / ((double)canvas->size * canvas->size));
+}
+
+static float mean_luma(const Canvas *canvas)
+{
+    float mean[3];
+    channel_means(canvas, mean);
+    return luma(mean[0], mean[1], mean[2]);
+}
+
+/* Runs the operations before contrast, leaves the rows planar, and returns the mean luma, which contrast needs. */
 static CLONES float colour_until_contrast(Canvas *canvas, const Params *p, int contrast, Row row)
 {
     int64_t sum = 0;
     for (int y = 0; y < canvas->size; y++) {
         int16_t *pixels = canvas->pixels + y * canvas->stride;
-        load_row(pixels, row);
+        load_pixels(pixels, row);
         apply_ops(row, p, 0, contrast, 0);
         sum += sum_luma(row, canvas->size);
-        if (contrast > 0)
-            store_row(row, pixels);
+        store_planar(row, pixels);
     }
     return (float)((double)sum / ((double)canvas->size * canvas->size));
 }
 
-static CLONES void colour_from(Canvas *canvas, const Params *p, int first, float mean, Row row)
+static CLONES void colour_from(Canvas *canvas, const Params *p, int first, float mean, int planar, Row row)
 {
     for (int y = 0; y < canvas->size; y++) {
         int16_t *pixels = canvas->pixels + y * canvas->stride;
-        load_row(pixels, row);
+        if (planar)
+            load_planar(pixels, row);
+        else
+            load_pixels(pixels, row);
         apply_ops(row, p, first, p->jitter ? NUM_OPS : 0, mean);
         if (p->gray)
             saturate_row(row, 0);
-        store_row(row, pixels);
+        store_pixels(row, pixels);
     }
 }
 
+/* Contrast needs the mean of what came before it, hence two sweeps; but where nothing came before, the channels' means
+ * tell. */
 static void colour_exact(Canvas *canvas, const Params *p, Row row)
 {
     int contrast = 0;
@@ -203,9 +167,9 @@ static void colour_exact(Canvas *canvas, const Params *p, Row row)
     if (p->jitter && p->factor[OP_CONTRAST] != 1) {
         while (p->order[contrast] != OP_CONTRAST)
             contrast++;
-        mean = colour_until_contrast(canvas, p, contrast, row);
+        mean = contrast > 0 ? colour_until_contrast(canvas, p, contrast, row) : mean_luma(canvas);
     }
-    colour_from(canvas, p, contrast, mean, row);
+    colour_from(canvas, p, contrast, mean, contrast > 0, row);
 }
 
 typedef struct {
@@ -273,25 +237,11 @@ static Matrix colour_matrix(const Params *p, const float mean[3])
     return total;
 }
 
-static CLONES void channel_means(const Canvas *canvas, float mean[3])
-{
-    int64_t sum[3] = {0};
-    for (int y = 0; y < canvas->size; y++) {
-        const int16_t *pixels = canvas->pixels + y * canvas->stride;
-        int32_t r = 0, g = 0, b = 0; /* 131,000 pixels fit */
-        for (ptrdiff_t i = 0; i < canvas->size; i++)
-            r += pixels[3 * i], g += pixels[3 * i + 1], b += pixels[3 * i + 2];
-        sum[0] += r, sum[1] += g, sum[2] += b;
-    }
-    for (int i = 0; i < 3; i++)
-        mean[i] = (float)((double)sum[i] / ((double)canvas->size * canvas->size));
-}
-
 static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
 {
     const Matrix k = *matrix;
     for (int y = 0; y < canvas->size; y++) {
-        load_row(canvas->pixels + y * canvas->stride, row);
+        load_pixels(canvas->pixels + y * canvas->stride, row);
         float *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
         for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
             float x = r[i], y_ = g[i], z = b[i];
@@ -299,7 +249,7 @@ static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
             g[i] = clamp(k.m[1][0] * x + k.m[1][1] * y_ + k.m[1][2] * z + k.m[1][3]);
             b[i] = clamp(k.m[2][0] * x + k.m[2][1] * y_ + k.m[2][2] * z + k.m[2][3]);
         }
-        store_row(row, canvas->pixels + y * canvas->stride);
+        store_pixels(row, canvas->pixels + y * canvas->stride);
     }
 }
 
