@@ -170,10 +170,10 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "eye_disc": Kind(disc, _spot),
     "brick_square": Kind(square, _bricks),
     "checked_star": Kind(_star, _checks),
     "dotted_heart": Kind(_heart, _dots),
+    "eye_disc": Kind(disc, _spot),
     "halved_crescent": Kind(_crescent, _half),
     "latticed_hexagon": Kind(_hexagon, _lattice),
     "meshed_frame": Kind(_frame, _mesh),

@@ -87,6 +87,7 @@ def open_beton(path: Path) -> BetonInfo:
     raises: BetonError naming what was wanted, what came and what to do
     """
     layout = read_layout(path)
+    layout.sizes()  # every image must have its place
     manifest = read_manifest(path)
     if manifest is not None:
         _check_same(layout, manifest)
