@@ -27,6 +27,9 @@ def run_knn(source: Source) -> dict[str, dict[str, float]]:
     return knn.evaluate(networks, recipe.data.train, recipe.data.val, recipe.evals.knn, knn.reader_of(recipe, device))
 
 
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 5
+"""Below either, features are called collapsed: one point has a spread of 0, one line 1 effective direction."""
+
 EVALS = {"knn": run_knn}
 """The protocols by name; a new one is one file and one line here."""
 
@@ -81,3 +84,25 @@ def _print(protocol: str, source: Source, results: dict[str, dict[str, float]]) 
     for name, values in results.items():
         table.add_row(name, *(f"{values[key]:.2f}" for key in ("top1", "top5", "rank_me", "feature_std")))
     Console(width=120).print(table)
+    for line in verdict(results):
+        log.info("%s", line)
+
+
+def verdict(results: dict[str, dict[str, float]]) -> list[str]:
+    """What the table says, in words: by how much training beat what it must beat, and whether features collapsed.
+
+    A collapse would be a spread near 0 or fewer directions than there are classes to tell apart; both are read off
+    the val images' features.
+    """
+    lines = []
+    for name in sorted(set(results) - {"pixels", "untrained"}):
+        mine = results[name]
+        gains = [f"{mine['top1'] - results[other]['top1']:+.2f} over {other}" for other in ("pixels", "untrained")]
+        error = (mine["top1"] * (100 - mine["top1"]) / mine["num_images"]) ** 0.5
+        collapsed = mine["feature_std"] < COLLAPSED_STD or mine["rank_me"] < COLLAPSED_RANK
+        lines.append(
+            f"{name}: {', '.join(gains)} points of top-1 (one standard error is {error:.2f}); features "
+            + ("HAVE COLLAPSED" if collapsed else "have not collapsed")
+            + f": {mine['rank_me']:.0f} effective directions (RankMe), spread {mine['feature_std']:.2f} of 1"
+        )
+    return lines

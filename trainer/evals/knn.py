@@ -36,7 +36,7 @@ def knn_votes(
 
 
 def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) -> dict[str, float]:
-    """Top-1 and top-5 in percent; every rank judges its own slice of the queries, each counted once."""
+    """Top-1 and top-5 in percent, and of how many images; every rank judges its own slice of the queries, each counted once."""
     num_classes = int(max(train.labels.max(), val.labels.max())) + 1
     mine = slice(distributed.rank(), None, distributed.world())
     correct = torch.zeros(2, dtype=torch.float64, device=val.vectors.device)
@@ -47,7 +47,7 @@ def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) 
         hits = votes.topk(min(5, num_classes), dim=1).indices == val.labels[mine, None]
         correct += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
     top1, top5 = (distributed.sum_over_ranks(correct) / len(val.labels) * 100).tolist()
-    return {"top1": top1, "top5": top5}
+    return {"top1": top1, "top5": top5, "num_images": len(val.labels)}
 
 
 def evaluate(
