@@ -36,7 +36,7 @@ def knn_votes(
 
 
 def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) -> dict[str, float]:
-    """Top-1 and top-5 in percent, and of how many images; every rank judges its own slice of the queries, each counted once."""
+    """Top-1 and top-5 in percent, and of how many images; each rank judges its slice of the queries, each once."""
     num_classes = int(max(train.labels.max(), val.labels.max())) + 1
     mine = slice(distributed.rank(), None, distributed.world())
     correct = torch.zeros(2, dtype=torch.float64, device=val.vectors.device)
