@@ -7,18 +7,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from data_prep.beton import BetonWriter, ffcv_types, read_layout
-from data_prep.images import decode_with_pillow
+from data_prep.convert import convert
+from data_prep.images import Encoding, decode_with_pillow
 from data_prep.schema import BetonError, open_beton, read_labels, read_samples
+from data_prep.sources import list_source
 
 
 def test_a_file_is_byte_for_byte_what_ffcvs_own_writer_makes(converted: Path, written_by_ffcv: dict[str, Path]) -> None:
     assert converted.read_bytes() == written_by_ffcv["jpg"].read_bytes()
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcvs_loader_reads_every_image_and_label(converted: Path, os_cache: bool) -> None:
+@pytest.fixture(scope="module")
+def copied_jpegs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of every kind that the fidelity profile keeps: colour and grey, baseline and progressive, 4:4:4."""
+    root = tmp_path_factory.mktemp("fidelity")
+    for number, path in enumerate(sorted(images.glob("*/*.jpg"))):
+        folder = root / "source" / str(number % 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).convert("L" if number % 3 == 0 else "RGB")
+        image.save(folder / path.name, progressive=number % 2 == 0, subsampling=0, quality=95)
+    convert(list_source(root / "source"), root / "x.beton", encoding=Encoding(None, copy_jpeg=True))
+    return root / "x.beton"
+
+
+LOADERS: list[object] = []
+"""Kept to the end: numba complains, harmlessly, when code that calls C functions is collected while tests run."""
+
+
+@pytest.mark.parametrize(("os_cache", "kind"), [(True, "converted"), (False, "converted"), (True, "copied_jpegs")])
+def test_ffcvs_loader_reads_every_image_and_label(request: pytest.FixtureRequest, os_cache: bool, kind: str) -> None:
+    converted: Path = request.getfixturevalue(kind)
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader, OrderOption
 
@@ -26,6 +47,7 @@ def test_ffcvs_loader_reads_every_image_and_label(converted: Path, os_cache: boo
     pipelines = {"image": [CenterCropRGBImageDecoder((size, size), 1.0)], "label": [IntDecoder()]}
     loader = Loader(str(converted), batch_size=5, num_workers=1, os_cache=os_cache, order=OrderOption.SEQUENTIAL,
                     pipelines=pipelines, drop_last=False)
+    LOADERS.append(loader)
     batches = [(images.copy(), labels.copy()) for images, labels in loader]
     pixels, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
     assert labels[:, 0].tolist() == read_labels(converted).tolist()
