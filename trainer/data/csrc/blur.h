@@ -66,7 +66,7 @@ INLINE void weigh_rows(const int16_t *const *rows, const int16_t *weight, int ra
     }
 }
 
-static CLONES void blur_columns(const Canvas *canvas, const int16_t *weight, int radius, int16_t *out)
+static CLONES void blur_vertically(const Canvas *canvas, const int16_t *weight, int radius, int16_t *out)
 {
     const int16_t *rows[2 * MAX_RADIUS + 1];
     for (int y = 0; y < canvas->size; y++) {
@@ -77,7 +77,7 @@ static CLONES void blur_columns(const Canvas *canvas, const int16_t *weight, int
 }
 
 /* Each row is copied between mirrored margins; a tap is then the same row, shifted by whole pixels. */
-static CLONES void blur_rows(const int16_t *in, const int16_t *weight, int radius, int16_t *line, Canvas *canvas)
+static CLONES void blur_horizontally(const int16_t *in, const int16_t *weight, int radius, int16_t *line, Canvas *canvas)
 {
     const int16_t *rows[2 * MAX_RADIUS + 1];
     for (int k = 0; k <= 2 * radius; k++)
@@ -103,8 +103,8 @@ static enum Status blur(Canvas *canvas, float sigma, Buffer *buffer)
     int16_t *half = reserve(buffer, (plane + line) * sizeof *half);
     if (!half)
         return STATUS_MEMORY;
-    blur_columns(canvas, weight, radius, half);
-    blur_rows(half, weight, radius, half + plane, canvas);
+    blur_vertically(canvas, weight, radius, half);
+    blur_horizontally(half, weight, radius, half + plane, canvas);
     return STATUS_OK;
 }
 

@@ -5,8 +5,8 @@
 #include <stdatomic.h>
 
 #include "blur.h"
-#include "colour.h"
 #include "decode.h"
+#include "linear.h"
 #include "params.h"
 #include "resize.h"
 #include "views.h"

@@ -1,0 +1,135 @@
+/* The fast form of colour jitter: all operations composed into one 3 x 4 matrix, applied once and clamped once.
+ *
+ * Hue turns about the grey axis instead of in HSV. Equal to colour.h wherever nothing is clamped and no hue is turned.
+ */
+#ifndef FEATHERWEIGHT_LINEAR_H
+#define FEATHERWEIGHT_LINEAR_H
+
+#include "colour.h"
+
+typedef struct {
+    float m[3][4];
+} Matrix;
+
+static Matrix compose(const Matrix *after, const Matrix *before)
+{
+    Matrix result;
+    for (int i = 0; i < 3; i++)
+        for (int j = 0; j < 4; j++) {
+            float sum = j == 3 ? after->m[i][3] : 0;
+            for (int k = 0; k < 3; k++)
+                sum += after->m[i][k] * before->m[k][j];
+            result.m[i][j] = sum;
+        }
+    return result;
+}
+
+/* factor * identity + luma_share * (grey of the pixel) + offset */
+static Matrix blend_matrix(float factor, float luma_share, float offset)
+{
+    Matrix result;
+    for (int i = 0; i < 3; i++) {
+        for (int j = 0; j < 3; j++)
+            result.m[i][j] = luma_share * LUMA[j] + (i == j ? factor : 0);
+        result.m[i][3] = offset;
+    }
+    return result;
+}
+
+/* Rodrigues' rotation about (1, 1, 1), the grey axis. */
+static Matrix hue_matrix(float turns)
+{
+    float c = cosf(turns * 6.28318531f), s = sinf(turns * 6.28318531f) * 0.57735027f, t = (1 - c) / 3;
+    return (Matrix){{{c + t, t - s, t + s, 0}, {t + s, c + t, t - s, 0}, {t - s, t + s, c + t, 0}}};
+}
+
+/* The mean luma after `m`, from the channel means before it. */
+static float mean_after(const Matrix *m, const float mean[3])
+{
+    float out[3];
+    for (int i = 0; i < 3; i++)
+        out[i] = m->m[i][0] * mean[0] + m->m[i][1] * mean[1] + m->m[i][2] * mean[2] + m->m[i][3];
+    return luma(out);
+}
+
+static Matrix colour_matrix(const Params *p, const float mean[3])
+{
+    Matrix total = blend_matrix(1, 0, 0);
+    for (int i = 0; p->jitter && i < NUM_OPS; i++) {
+        int op = p->order[i];
+        float factor = p->factor[op];
+        Matrix next = op == OP_BRIGHTNESS   ? blend_matrix(factor, 0, 0)
+                      : op == OP_CONTRAST   ? blend_matrix(factor, 0, (1 - factor) * mean_after(&total, mean))
+                      : op == OP_SATURATION ? blend_matrix(factor, 1 - factor, 0)
+                                            : hue_matrix(factor);
+        total = compose(&next, &total);
+    }
+    if (p->gray) {
+        Matrix gray = blend_matrix(0, 1, 0);
+        total = compose(&gray, &total);
+    }
+    return total;
+}
+
+/* The largest value that a row of the matrix may reach, in units of white: what the fixed point must hold. */
+static float reach(const Matrix *m)
+{
+    float largest = 0;
+    for (int i = 0; i < 3; i++) {
+        float sum = fabsf(m->m[i][3]) / Q6_WHITE;
+        for (int j = 0; j < 3; j++)
+            sum += fabsf(m->m[i][j]);
+        largest = sum > largest ? sum : largest;
+    }
+    return largest;
+}
+
+INLINE void apply_matrix_to_row(Row row, int16_t k[3][4], int shift)
+{
+    int16_t *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
+    int16_t white = (int16_t)(Q6_WHITE >> shift), power = (int16_t)(1 << shift);
+    for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
+        int16_t x = r[i], y = g[i], z = b[i];
+        r[i] = finish((int16_t)(times(x, k[0][0]) + times(y, k[0][1]) + times(z, k[0][2]) + k[0][3]), white, power);
+        g[i] = finish((int16_t)(times(x, k[1][0]) + times(y, k[1][1]) + times(z, k[1][2]) + k[1][3]), white, power);
+        b[i] = finish((int16_t)(times(x, k[2][0]) + times(y, k[2][1]) + times(z, k[2][2]) + k[2][3]), white, power);
+    }
+}
+
+static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
+{
+    int16_t k[3][4];
+    int shift = shift_for(reach(matrix));
+    for (int i = 0; i < 3; i++) {
+        for (int j = 0; j < 3; j++)
+            k[i][j] = fixed(matrix->m[i][j], shift);
+        k[i][3] = (int16_t)lrintf(matrix->m[i][3] / (float)(1 << shift));
+    }
+    for (int y = 0; y < canvas->size; y++) {
+        split_pixels(canvas->pixels + y * canvas->stride, row);
+        apply_matrix_to_row(row, k, shift);
+        join_pixels(row, canvas->pixels + y * canvas->stride);
+    }
+}
+
+static void colour_linear(Canvas *canvas, const Params *p, int16_t *planes)
+{
+    float mean[3];
+    channel_means(canvas, mean);
+    Matrix matrix = colour_matrix(p, mean);
+    apply_matrix(canvas, &matrix, row_at(planes, canvas->padded));
+}
+
+static enum Status change_colour(Canvas *canvas, const Params *p, enum Colour colour, Buffer *buffer)
+{
+    int16_t *planes = reserve(buffer, (size_t)canvas->stride * canvas->size * sizeof *planes);
+    if (!planes)
+        return STATUS_MEMORY;
+    if (colour == COLOUR_EXACT)
+        colour_exact(canvas, p, planes);
+    else
+        colour_linear(canvas, p, planes);
+    return STATUS_OK;
+}
+
+#endif
