@@ -63,13 +63,13 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                 progress = schedules.at(step)
                 set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
                 for _ in range(optim.accumulation):
-                    views = clock.waits_for(to_device, batches, recipe, device)
+                    views, num_bad = clock.waits_for(to_device, batches, recipe, device)
                     with precision:
                         teacher_output = run.teacher and run.teacher(run.method.teacher_views(views))
                     loss, parts = run.engine(views, teacher_output, progress)
                     run.engine.backward(loss)
                     run.engine.step()
-                    averages.add({"loss": loss, **parts})
+                    averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
                 run.method.after_step(applied=applied)
                 if run.teacher is not None and applied:
@@ -104,10 +104,10 @@ def brief(accuracies: dict[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('knn/').removesuffix('_top1')} {value:.2f} %" for name, value in top1.items())
 
 
-def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> list[Tensor]:
-    """The next batch's views, normalised: one (V_i * B, 3, S_i, S_i) tensor per size."""
-    views = recipe.views
-    return [to_float(group, device, views.mean, views.std) for group in next(batches).views]
+def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], int]:
+    """The next batch's views, normalised, one (V_i * B, 3, S_i, S_i) tensor per size; how many images were bad."""
+    batch, views = next(batches), recipe.views
+    return [to_float(group, device, views.mean, views.std) for group in batch.views], batch.num_bad
 
 
 def describe(progress: Progress) -> dict[str, Any]:

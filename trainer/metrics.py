@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,13 +21,14 @@ class Averages:
     """Means of scalars over steps and ranks; they stay on the device until they are read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Take one micro-batch's values."""
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Take one micro-batch's values; every rank must give the same names."""
         for name, value in values.items():
-            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach().clone()
+            plain = value.detach().float() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums.get(name, 0.0) + plain
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
@@ -34,9 +36,10 @@ class Averages:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() / self._counts[name] for name in names])
-        values = distributed.mean_over_ranks(means).tolist()
-        self.__init__()  # type: ignore[misc]
+        device = distributed.local_device()
+        means = [torch.as_tensor(self._sums[name] / self._counts[name], device=device).float() for name in names]
+        values = distributed.mean_over_ranks(torch.stack(means)).tolist()
+        self._sums, self._counts = {}, {}
         return dict(zip(names, values, strict=True))
 
 

@@ -100,13 +100,13 @@ class DINO(Method):
         total = weigh(
             global_loss, local_loss, global_weight=self.config.global_weight, local_weight=self.config.local_weight
         )
-        parts = {"loss/global": global_loss.detach(), "teacher_temp": total.new_tensor(teacher_temp)}
+        parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach(), "teacher_temp": teacher_temp}
         if local_loss is not None:
             parts["loss/local"] = local_loss.detach()
         return LossOut(total, parts | self._health(teacher, teacher_temp))
 
     @torch.no_grad()
-    def _health(self, teacher: Tensor, teacher_temp: float) -> dict[str, Tensor]:
+    def _health(self, teacher: Tensor, teacher_temp: float) -> dict[str, Tensor | float]:
         """Entropy 0 or ln K, or a KL divergence of 0 between teacher rows, would be a collapse."""
         log_probs = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1).flatten(0, 1)
         entropy = -(log_probs.exp() * log_probs).sum(-1).mean()

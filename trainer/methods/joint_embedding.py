@@ -13,7 +13,7 @@ class LossOut(NamedTuple):
     """An objective's value and what is worth logging of it; a tuple, since DeepSpeed walks through outputs."""
 
     total: Tensor
-    parts: dict[str, Tensor]
+    parts: dict[str, Tensor | float]
     """Detached scalars under the names of metrics.jsonl."""
 
 

@@ -80,7 +80,8 @@ class MoCo(Method):
         total = weigh(
             global_loss, local_loss, global_weight=self.config.global_weight, local_weight=self.config.local_weight
         )
-        parts = {"loss/global": global_loss.detach(), "positive_similarity": self._alignment(queries[0], teacher)}
+        alignment = self._alignment(queries[0], teacher)
+        parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach(), "positive_similarity": alignment}
         if local_loss is not None:
             parts["loss/local"] = local_loss.detach()
         return LossOut(total, parts)
