@@ -2,6 +2,8 @@
 
 import argparse
 import hashlib
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -67,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="turn a source of images into OUT.beton and its manifest")
-    command.add_argument("source", type=Path, help="folder of class folders, or of images without labels")
+    command.add_argument("source", type=Path, help="folder of class folders or of images; tar archive, WebDataset "
+                         "shards, parquet, CIFAR-10 or -100, STL-10; or a list of images")
     command.add_argument("out", type=Path, metavar="OUT.beton")
-    command.add_argument("--split", help="take this folder of the source, such as train")
+    command.add_argument("--split", help="take this part of the source, such as train")
     command.add_argument("--subset", type=Path, metavar="LIST", help="text file with the names to take, one a line")
     command.add_argument("--unlabelled", action="store_true", help="take every image without a label")
     command.add_argument("--max-size", type=int, help="longest side in pixels, longer images are shrunk (default: 500)")
@@ -110,12 +113,20 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    _check_convert(arguments)
+    scratch = arguments.out.parent / f".data_prep-{os.getpid()}"
+    try:
+        return _convert_with(arguments, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert_with(arguments: argparse.Namespace, scratch: Path) -> int:
     from data_prep.convert import convert
     from data_prep.images import Encoding
     from data_prep.sources import list_source, read_names, take_subset
 
-    _check_convert(arguments)
-    listing = list_source(arguments.source, split=arguments.split, unlabelled=arguments.unlabelled)
+    listing = list_source(arguments.source, scratch=scratch, split=arguments.split, unlabelled=arguments.unlabelled)
     options: dict[str, Any] = {"split": arguments.split, "unlabelled": arguments.unlabelled, "subset_sha256": None}
     if arguments.subset is not None:
         names = read_names(arguments.subset)

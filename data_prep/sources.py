@@ -1,205 +1,134 @@
-"""Where images come from: what is there, in a fixed order, with which label. No pixel is read here."""
+"""Where images come from: finds out what kind of source a path is, and lists it."""
 
-import hashlib
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Protocol
+from collections.abc import Sequence
+from pathlib import Path
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".mpo"})
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled"})
-UNLABELLED = -1
+from data_prep.archives import ARCHIVE_SUFFIXES, list_archives
+from data_prep.binaries import list_binary, recognise
+from data_prep.folders import FolderReader, folders, is_image, list_folder, split_folder
+from data_prep.listing import (
+    UNLABELLED,
+    Item,
+    Listing,
+    Reader,
+    SourceError,
+    numbered_classes,
+    read_names,
+    some,
+    take_subset,
+)
+from data_prep.tables import list_tables
 
+__all__ = ["Item", "Listing", "Reader", "SourceError", "list_source", "read_names", "take_subset"]
 
-class SourceError(ValueError):
-    """The source is not what was wanted; says what was wanted, what came and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image that is there, not yet read."""
-
-    name: str
-    """Unique in its listing, with / between folders."""
-    label: int
-    num_bytes: int
-    where: tuple[int, ...] = ()
-    """What the listing's reader needs beside the name."""
+LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
 
 
-class Reader(Protocol):
-    """Fetches an item's encoded bytes; sent to the worker processes, so it must pickle."""
-
-    def read(self, item: Item) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of a source, in the order of their sample ids."""
-
-    name: str
-    """What to call the source in messages and in the manifest: no path of this machine."""
-    items: Sequence[Item]
-    reader: Reader
-    classes: tuple[str, ...] | None
-    """Label to class name; None where the source has no labels."""
-    num_ignored: int = 0
-    """Files that no image suffix marks as an image."""
-    notes: tuple[str, ...] = field(default=())
-    """What a user should hear about the source."""
-
-    def sha256(self) -> str:
-        """Identity of the listing: names, labels and sizes, not contents."""
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for item in self.items:
-            digest.update(f"{item.name}\0{item.label}\0{item.num_bytes}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class FolderReader:
-    """Reads files below one folder."""
-
-    root: Path
-
-    def read(self, item: Item) -> bytes:
-        return (self.root / item.name).read_bytes()
-
-
-def list_source(source: Path, *, split: str | None = None, unlabelled: bool = False) -> Listing:
+def list_source(
+    source: Path, *, scratch: Path | None = None, split: str | None = None, unlabelled: bool = False
+) -> Listing:
     """List a source of any kind.
 
+    That is a folder of class folders or of images, tar archives or WebDataset shards, parquet files of the Hugging Face
+    hub, the binary files of CIFAR-10, CIFAR-100 and STL-10, or a text file that names images.
+    scratch: folder to make for the contents of compressed archives, needed until the images are read; None refuses such
     raises: SourceError where it is missing, empty or ambiguous
     """
     if not source.exists():
-        raise SourceError(f"{source}: no such folder; give the folder that holds the class folders or the images")
-    if not source.is_dir():
-        raise SourceError(f"{source}: a folder was wanted, this is a file")
-    return list_folder(_split_folder(source, split), name=source.resolve().name, unlabelled=unlabelled)
+        raise SourceError(f"{source}: no such folder or file; give the folder that holds the images or their classes")
+    listing = _list(source, source.resolve().name, scratch, split, unlabelled)
+    if not unlabelled or listing.classes is None:
+        return listing
+    return Listing(listing.name, [Item(item.name, UNLABELLED, item.num_bytes, item.where) for item in listing.items],
+                   listing.reader, None, listing.num_ignored, listing.notes)
 
 
-def list_folder(root: Path, *, name: str, unlabelled: bool = False) -> Listing:
-    """List a folder of class folders, or of images without labels.
+def _list(source: Path, name: str, scratch: Path | None, split: str | None, unlabelled: bool) -> Listing:
+    if source.is_dir():
+        return _list_folder(source, name, scratch, split, unlabelled)
+    if source.name.lower().endswith(ARCHIVE_SUFFIXES):
+        return list_archives([source], name=name, split=split, unlabelled=unlabelled, scratch=scratch)
+    if split is not None:
+        raise SourceError(f"{source}: --split {split} chooses a part of a folder or of an archive, this is one file; "
+                          "leave it out")
+    if source.suffix.lower() == ".parquet":
+        return list_tables([source], name=name)
+    if source.suffix.lower() in LIST_SUFFIXES:
+        return list_file(source, name=name)
+    raise SourceError(f"{source}: not a known kind of source; wanted a folder, or a file that ends in "
+                      f"{' '.join((*ARCHIVE_SUFFIXES, '.parquet', *LIST_SUFFIXES))}")
 
-    Images only below first-level folders: each such folder is a class, whatever lies deeper in it. Images directly in
-    `root`, and none below: no labels. Both at once is refused unless `unlabelled` says to take all without labels.
+
+def _list_folder(source: Path, name: str, scratch: Path | None, split: str | None, unlabelled: bool) -> Listing:
+    if (kind := recognise(source)) is not None:
+        return list_binary(source, kind, name=name, split=split)
+    if tables := _tables(source, split):
+        return list_tables(tables, name=name)
+    root = split_folder(source, split)
+    if not folders(root) and not any(is_image(entry.name) for entry in root.iterdir()):
+        archives = sorted(entry for entry in root.iterdir() if entry.name.lower().endswith(ARCHIVE_SUFFIXES))
+        if archives:
+            return list_archives(archives, name=name, split=None, unlabelled=unlabelled, scratch=scratch)
+    return list_folder(root, name=name, unlabelled=unlabelled)
+
+
+def _tables(source: Path, split: str | None) -> list[Path]:
+    """The parquet files of a split, where a folder is laid out as data sets on the Hugging Face hub are."""
+    found = sorted(path for pattern in ("*.parquet", "data/*.parquet", f"{split or '*'}/*.parquet")
+                   for path in source.glob(pattern))
+    found = list(dict.fromkeys(found))
+    splits = sorted({_split_of(path, source) for path in found})
+    if split is None and len(splits) > 1:
+        raise SourceError(f"{source}: holds parquet files of several splits; choose one with --split: {some(splits)}")
+    if split is not None and found and split not in splits:
+        raise SourceError(f"{source}: has no parquet files of --split {split}; there are: {some(splits)}")
+    return [path for path in found if split in (None, _split_of(path, source))]
+
+
+def _split_of(path: Path, source: Path) -> str:
+    """train of data/train-00000-of-00004.parquet and of train/0000.parquet."""
+    if path.parent not in (source, source / "data"):
+        return path.parent.name
+    return path.stem.split("-")[0]
+
+
+def list_file(path: Path, *, name: str) -> Listing:
+    """List the images that a text file names, in its order: `path` or `path label` a line, below the file's own folder.
+
+    A label is a number; after a tab it may be a class name too.
+    raises: SourceError for missing files, and where only some lines have a label
     """
-    found = sorted(_walk(root), key=lambda entry: entry[0].split("/"))
-    images = [(path, size) for path, size in found if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
-    ignored = Counter(PurePosixPath(path).suffix.lower() or "no suffix" for path, _ in found)
-    num_ignored = len(found) - len(images)
-    if not images:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common(5)) or "no files at all"
-        raise SourceError(f"{root}: no images found ({kinds}); image files end in {' '.join(sorted(IMAGE_SUFFIXES))}")
-    direct = [path for path, _ in images if "/" not in path]
-    if direct and len(direct) < len(images) and not unlabelled:
-        raise SourceError(f"{root}: holds both images ({direct[0]} and {len(direct) - 1} more) and folders with images "
-                          f"({_first_folder(images)}), so it is not clear whether the folders are classes; move the "
-                          "images away, or give --unlabelled to take them all without labels")
-    if unlabelled or direct:
-        items = [Item(path, UNLABELLED, size) for path, size in images]
-        return Listing(name, items, FolderReader(root), None, num_ignored)
-    classes = tuple(sorted(_folders(root)))
-    _refuse_splits(root, classes)
-    number = {folder: label for label, folder in enumerate(classes)}
-    items = [Item(path, number[path.split("/", 1)[0]], size) for path, size in images]
-    empty = sorted(set(classes) - {classes[item.label] for item in items})
-    notes = (f"{len(empty)} class folders hold no image but keep their label: {_some(empty)}",) if empty else ()
-    return Listing(name, items, FolderReader(root), classes, num_ignored, notes)
+    root, lines = path.parent, read_names(path)
+    pairs = [_split_line(line) for line in lines]
+    labelled = [label is not None for _, label in pairs]
+    if any(labelled) and not all(labelled):
+        raise SourceError(f"{path}: {labelled.count(False)} of its {len(labelled)} images have no label, such as "
+                          f"{pairs[labelled.index(False)][0]}; give every line a label, or none")
+    missing = [entry for entry, _ in pairs if not (root / entry).is_file()]
+    if missing or not pairs:
+        raise SourceError(f"{path}: {len(missing)} of its {len(pairs)} images do not exist below {root} "
+                          f"({some(missing)}); write paths as seen from the list")
+    numbers, classes = _number([label for _, label in pairs if label is not None], name)
+    items = [Item(entry, label, (root / entry).stat().st_size)
+             for (entry, _), label in zip(pairs, numbers or [UNLABELLED] * len(pairs), strict=True)]
+    return Listing(name, items, FolderReader(root), classes)
 
 
-def take_subset(listing: Listing, names: Sequence[str], *, list_name: str) -> Listing:
-    """Keep the named items only, in the listing's order; classes keep their labels.
-
-    names: as in the listing, or bare file names as in the SimCLR lists
-    raises: SourceError for names that are unknown, or that fit several files
-    """
-    by_name = {item.name: item for item in listing.items}
-    by_file: dict[str, list[Item]] = {}
-    for item in listing.items:
-        by_file.setdefault(PurePosixPath(item.name).name, []).append(item)
-    chosen: set[str] = set()
-    unknown: list[str] = []
-    for name in names:
-        matches = [by_name[name]] if name in by_name else by_file.get(name, [])
-        if len(matches) > 1:
-            raise SourceError(f"{list_name}: {name} fits {len(matches)} images of {listing.name} ({matches[0].name}, "
-                              f"{matches[1].name} ...); write their paths below the source instead")
-        chosen.update(item.name for item in matches)
-        unknown += [] if matches else [name]
-    if unknown:
-        raise SourceError(f"{list_name}: {len(unknown)} of {len(names)} names are not in {listing.name} "
-                          f"({_some(unknown)}); take them out of the list, or give the source that has them")
-    if not chosen:
-        raise SourceError(f"{list_name}: names no image; write one name a line")
-    return replace(listing, items=[item for item in listing.items if item.name in chosen])
+def _split_line(line: str) -> tuple[str, str | None]:
+    if "\t" in line:
+        entry, label = line.split("\t", 1)
+        return entry, label.strip()
+    entry, _, last = line.rpartition(" ")
+    return (entry.rstrip(), last) if entry and last.isdecimal() else (line, None)
 
 
-def read_names(path: Path) -> list[str]:
-    """Names of a text file, one a line; empty lines do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: a text file with one image name a line was wanted ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _split_folder(source: Path, split: str | None) -> Path:
-    if split is None:
-        return source
-    if not (source / split).is_dir():
-        there = _some(sorted(_folders(source)))
-        raise SourceError(f"{source}: has no folder {split} for --split {split}; its folders: {there}")
-    return source / split
-
-
-def _refuse_splits(root: Path, classes: Sequence[str]) -> None:
-    """Train and val taken for two classes would be a wrong data set that looks right."""
-    if all(folder.lower() in SPLIT_NAMES for folder in classes):
-        raise SourceError(f"{root}: its folders ({_some(classes)}) look like splits, not classes; choose one with "
-                          f"--split {classes[0]}, or take everything without labels with --unlabelled")
-
-
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """Files below a folder with their sizes, following links once; hidden files and folders are left out."""
-    seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
-        try:
-            info = os.stat(root / prefix)  # noqa: PTH116  (Path.stat is the same; os.scandir below has no Path twin)
-            if (info.st_dev, info.st_ino) in seen:
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            with os.scandir(root / prefix) as entries:
-                visible = [entry for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            raise SourceError(f"{root / prefix}: cannot be listed ({error.strerror})") from error
-        for entry in visible:
-            path = prefix + entry.name
-            if entry.is_dir():
-                waiting.append(path + "/")
-            else:
-                yield path, _size(entry)
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:  # a link to nowhere: reading it will fail, and be reported, as a bad image
-        return 0
-
-
-def _folders(root: Path) -> Iterator[str]:
-    return (entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _first_folder(images: Sequence[tuple[str, int]]) -> str:
-    return next(path.split("/", 1)[0] for path, _ in images if "/" in path)
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
+def _number(labels: Sequence[str], name: str) -> tuple[list[int], tuple[str, ...] | None]:
+    """Labels as numbers, with the names of the classes."""
+    if not labels:
+        return [], None
+    if all(label.isdecimal() for label in labels):
+        numbers = [int(label) for label in labels]
+        return numbers, numbered_classes(numbers, name)
+    classes = tuple(sorted(set(labels)))
+    number = {label: position for position, label in enumerate(classes)}
+    return [number[label] for label in labels], classes

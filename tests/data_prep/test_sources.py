@@ -78,8 +78,9 @@ def test_missing_empty_and_imageless_folders_and_files_are_refused(tmp_path: Pat
     make(tmp_path, "a/readme.md", "b.txt")
     with pytest.raises(SourceError, match=r"no images found \(1 .*\.jpg"):
         list_source(tmp_path)
-    with pytest.raises(SourceError, match="this is a file"):
-        list_source(tmp_path / "b.txt")
+    (tmp_path / "b.bin").touch()
+    with pytest.raises(SourceError, match="not a known kind of source"):
+        list_source(tmp_path / "b.bin")
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
