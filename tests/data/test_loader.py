@@ -243,6 +243,14 @@ def test_the_first_batch_costs_less_than_three_seconds(beton: Path) -> None:
     assert time.process_time() - begin < 3
 
 
+def test_a_closed_loader_says_so(beton: Path) -> None:
+    with opened(beton) as loader:
+        pass
+    loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(loader.epoch(0))
+
+
 def test_a_batch_larger_than_the_data_is_refused_not_skipped(beton: Path) -> None:
     with pytest.raises(DataError, match="41 samples make no full batch of 64"), opened(beton, batch_size=32, world=2):
         pass

@@ -1,6 +1,7 @@
 """The compiled view kernel (csrc/views.c) as Python sees it: memory layouts, parameters, single images."""
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import groupby
@@ -121,18 +122,23 @@ class Kernel:
         recipe, table = np.zeros(1, _RECIPE), _view_table(views)
         filter_, colour_ = ("triangle", "bicubic").index(resize), ("exact", "linear").index(colour)
         recipe[0] = (seed, 0, len(views), filter_, colour_, geometry_only)
-        self.context: int | None = LIB.views_open(recipe.ctypes.data, table.ctypes.data, num_threads)
-        if not self.context:
+        self._context: int | None = LIB.views_open(recipe.ctypes.data, table.ctypes.data, num_threads)
+        if not self._context:
             raise MemoryError("no memory for the view kernel")
+        self._free = weakref.finalize(self, LIB.views_close, self._context)
+        self._free.atexit = False  # a thread that is still making a batch may be using it
+
+    @property
+    def context(self) -> int:
+        """The C side's address. raises: ValueError once closed"""
+        if not self._context:
+            raise ValueError("this loader or kernel is closed; make a new one")
+        return self._context
 
     def close(self) -> None:
         """Frees the scratch memory; the kernel cannot be used afterwards. May be called twice."""
-        context, self.context = self.context, None
-        LIB.views_close(context)
-
-    def __del__(self) -> None:
-        if getattr(self, "context", None):
-            self.close()
+        self._context = None
+        self._free()
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose parameters later calls draw; not while a batch is being made."""

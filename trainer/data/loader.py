@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 @dataclass
 class Batch:
-    """Views of B samples. All tensors but `labels` are valid until the next batch is asked for."""
+    """Views of B samples. `views` are valid until the next batch is asked for, the rest for ever."""
 
     views: list[Tensor]
     """One (V, B, 3, S, S) uint8 tensor a run of consecutive views of one size, channels-last in memory."""
@@ -98,27 +98,25 @@ class ViewLoader:
     def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch on this rank, from sample position `start` of the whole epoch's order on.
 
-        A batch's tensors are overwritten once the next one is asked for: copy what must live longer. Leaving early is
+        A batch's views are overwritten once the next one is asked for: copy what must live longer. Leaving early is
         safe; only one epoch of a loader runs at a time, and starting another ends the one before.
 
         raises: DataError for a bad image under "fail", or when FFCV fails or hangs
         """
-        self._end_epoch()
+        if not self._end_epoch():
+            raise DataError(f"{self.beton}: the thread of an earlier epoch still hangs; start the process again")
         order = self._ids[epoch_order(self.num_samples, seed=self._seed, epoch=epoch, shuffle=self._shuffle)]
         batches = self._share(order, start=start)
         if not batches:
             return
         self._kernel.set_epoch(epoch)
-        threads = torch.get_num_threads()
         thread = self._thread = self._multicrop.EpochThread(self._ffcv, np.concatenate(batches))
         try:
             for expected, (pixels, jobs) in zip(batches, self._items(thread), strict=True):
-                torch.set_num_threads(threads)  # FFCV's thread has set it to 1 before its first batch
                 assert np.array_equal(jobs[:, JOB.index("sample_id")], expected)
                 yield self._batch(pixels, jobs)
         finally:
             thread.close()
-            torch.set_num_threads(threads)
 
     def _items(self, thread: Any) -> Iterator[Any]:
         try:
@@ -175,15 +173,15 @@ class ViewLoader:
         except BetonError:
             return f"sample {sample_id} (its file's name is not recorded)"
 
-    def _end_epoch(self) -> None:
-        if self._thread is not None:
-            self._thread.close()
+    def _end_epoch(self) -> bool:
+        if self._thread is not None and self._thread.close():
             self._thread = None
+        return self._thread is None
 
     def close(self) -> None:
         """Ends a running epoch and frees the kernel's memory. May be called twice."""
-        self._end_epoch()
-        self._kernel.close()
+        if self._end_epoch():  # a thread that hangs may be using that memory
+            self._kernel.close()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.loader import Loader
 from ffcv.loader.epoch_iterator import EpochIterator
@@ -49,7 +50,7 @@ class MultiCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV takes only
 
     def generate_code(self) -> Callable[..., Any]:
         """Compiled by numba, hence as short as can be: it only looks up where each image lies."""
-        read, make_batch, context = self.memory_read, LIB.views_batch, np.int64(self.kernel.context or 0)
+        read, make_batch, context = self.memory_read, LIB.views_batch, np.int64(self.kernel.context)
 
         def multicrop(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
             pixels, jobs = memory
@@ -90,6 +91,7 @@ class EpochThread(EpochIterator):  # type: ignore[misc]
 
     def __init__(self, loader: Loader, order: NDArray[np.int64]) -> None:
         self.error: BaseException | None = None
+        self._torch_threads = torch.get_num_threads()
         super().__init__(loader, order.astype(np.uint64))
 
     def run(self) -> None:
@@ -97,6 +99,11 @@ class EpochThread(EpochIterator):  # type: ignore[misc]
             super().run()
         except BaseException as error:  # handed to the consumer by `batches`
             self.error = error
+
+    def run_pipeline(self, number: int, *rest: Any) -> Any:
+        if number == 0:  # FFCV has just set it to its own number of threads
+            torch.set_num_threads(self._torch_threads)
+        return super().run_pipeline(number, *rest)
 
     def batches(self, timeout_s: float) -> Iterator[Item]:
         """The batches in order. raises: the thread's own error, TimeoutError with the thread's stack."""
@@ -121,8 +128,8 @@ class EpochThread(EpochIterator):  # type: ignore[misc]
         frame = sys._current_frames().get(self.ident or 0)
         return "".join(traceback.format_stack(frame)) if frame else "(ended)"
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread after the batch it is making; a batch in use stays as it is.
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Ends the thread after the batch it is making; a batch in use stays as it is. False if the thread hangs.
 
         FFCV looks at its own end signal only while its queue is full, so the thread is left without work instead, and
         the queue is emptied for it to get past `put`.
@@ -134,3 +141,4 @@ class EpochThread(EpochIterator):  # type: ignore[misc]
             while not self.output_queue.empty():
                 self.output_queue.get_nowait()
             self.join(0.01)
+        return not self.is_alive()
