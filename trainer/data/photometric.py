@@ -33,10 +33,13 @@ def to_float(
     views = to_device(views, device)
     if params is not None:
         views = apply(views, params)
-    pixels = views.flatten(0, 1).to(dtype)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=device).view(1, 3, 1, 1)
-    return torch.addcmul(shift, pixels, scale)
+    count, size = views.shape[0] * views.shape[1], views.shape[-1]
+    # whole rows of RGBRGB...: a broadcast over three channels is twice as slow on a CPU
+    rows = views.permute(0, 1, 3, 4, 2).reshape(count, size, 3 * size).float()
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(size)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).repeat(size)
+    floats = torch.addcmul(shift, rows, scale).to(dtype)
+    return floats.view(count, size, size, 3).permute(0, 3, 1, 2)
 
 
 def to_device(views: Tensor, device: torch.device) -> Tensor:
