@@ -69,8 +69,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="turn a source of images into OUT.beton and its manifest")
-    command.add_argument("source", type=Path, help="folder of class folders or of images; tar archive, WebDataset "
-                         "shards, parquet, CIFAR-10 or -100, STL-10; or a list of images")
+    command.add_argument(
+        "source",
+        type=Path,
+        help="folder of class folders or of images; tar archive, WebDataset "
+        "shards, parquet, CIFAR-10 or -100, STL-10; or a list of images",
+    )
     command.add_argument("out", type=Path, metavar="OUT.beton")
     command.add_argument("--split", help="take this part of the source, such as train")
     command.add_argument("--subset", type=Path, metavar="LIST", help="text file with the names to take, one a line")
@@ -78,10 +82,19 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--max-size", type=int, help="longest side in pixels, longer images are shrunk (default: 500)")
     command.add_argument("--quality", type=int, default=90, help="of the JPEG encoder (default: %(default)s)")
     command.add_argument("--copy-jpeg", action="store_true", help="keep the bytes of files that are sound JPEGs")
-    command.add_argument("--on-bad", choices=("skip", "fail"), default="skip",
-                         help="what to do with an image that cannot be read (default: skip, and say so)")
-    command.add_argument("--page-size", type=int, default=8, metavar="MIB",
-                         help="of the file, a power of two; no image may be larger (default: %(default)s)")
+    command.add_argument(
+        "--on-bad",
+        choices=("skip", "fail"),
+        default="skip",
+        help="what to do with an image that cannot be read (default: skip, and say so)",
+    )
+    command.add_argument(
+        "--page-size",
+        type=int,
+        default=8,
+        metavar="MIB",
+        help="of the file, a power of two; no image may be larger (default: %(default)s)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it was made differently")
     _add_workers(command)
     command.set_defaults(run=_convert)
@@ -101,8 +114,14 @@ def _add_synth(commands: Any) -> None:
     command.add_argument("--images-per-class", type=int, default=400)
     command.add_argument("--val-per-class", type=int, default=100)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--size", type=int, nargs=2, default=(96, 160), metavar=("MIN", "MAX"),
-                         help="shortest and longest side in pixels (default: 96 160)")
+    command.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(96, 160),
+        metavar=("MIN", "MAX"),
+        help="shortest and longest side in pixels (default: 96 160)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if synth drew it otherwise")
     _add_workers(command)
     command.set_defaults(run=_synth)
@@ -136,8 +155,15 @@ def _convert_with(arguments: argparse.Namespace, scratch: Path) -> int:
         print(f"{listing.name}: {note}", file=sys.stderr)
     max_size = None if arguments.copy_jpeg else arguments.max_size or 500
     encoding = Encoding(max_size, arguments.quality, arguments.copy_jpeg, arguments.page_size << 20)
-    done = convert(listing, arguments.out, encoding=encoding, on_bad=arguments.on_bad, options=options,
-                   workers=arguments.workers, overwrite=arguments.overwrite)
+    done = convert(
+        listing,
+        arguments.out,
+        encoding=encoding,
+        on_bad=arguments.on_bad,
+        options=options,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
     print(f"{arguments.out}: up to date" if done is None else _summary(arguments.out, *done))
     return 0
 
@@ -157,9 +183,11 @@ def _check_workers(workers: int) -> None:
 
 def _summary(out: Path, manifest: Any, tally: Any) -> str:
     kinds = f" of {len(manifest.classes)} classes" if manifest.classes else " without labels"
-    lines = [f"{out}: {manifest.num_samples} images{kinds}, {manifest.beton_bytes / 1e6:.1f} MB; "
-             f"{manifest.num_reencoded} encoded again, {manifest.num_copied} copied, {manifest.num_left_out} left out, "
-             f"{manifest.num_ignored} other files ignored"]
+    lines = [
+        f"{out}: {manifest.num_samples} images{kinds}, {manifest.beton_bytes / 1e6:.1f} MB; "
+        f"{manifest.num_reencoded} encoded again, {manifest.num_copied} copied, {manifest.num_left_out} left out, "
+        f"{manifest.num_ignored} other files ignored"
+    ]
     lines += [f"  left out: {name}: {reason}" for name, reason in tally.left_out[:10]]
     if len(tally.left_out) > 10:
         lines.append(f"  and {len(tally.left_out) - 10} more, all named in {out.name}.left_out.tsv")

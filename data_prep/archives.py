@@ -17,7 +17,9 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".
 COMPANIONS = (".cls", ".json", ".txt")
 """Files with which WebDataset describes the image of the same key."""
 _OPENERS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open,
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7": lzma.open,
+    b"BZ": bz2.open,
 }
 
 
@@ -49,8 +51,11 @@ def list_archives(
     """
     plain = tuple(_plain(path, scratch) for path in archives)
     reader = ArchiveReader(plain)
-    found = [replace(entry, path=f"{_stem(archives[number])}/{entry.path}" if len(plain) > 1 else entry.path)
-             for number, path in enumerate(plain) for entry in _members(path, number)]
+    found = [
+        replace(entry, path=f"{_stem(archives[number])}/{entry.path}" if len(plain) > 1 else entry.path)
+        for number, path in enumerate(plain)
+        for entry in _members(path, number)
+    ]
     if any(entry.path.endswith(COMPANIONS) for entry in found) and (shards := _shards(name, found, reader)):
         return shards
     if len(plain) == 1:
@@ -102,8 +107,11 @@ def _strip(found: Sequence[Found], split: str | None, name: str) -> list[Found]:
     images = [path for path in parts if is_image(path[-1])]
     while images and all(len(path) > depth + 2 and path[depth] == images[0][depth] for path in images):
         depth += 1
-    return [replace(entry, path="/".join(path[depth:])) for entry, path in zip(found, parts, strict=True)
-            if len(path) > depth]
+    return [
+        replace(entry, path="/".join(path[depth:]))
+        for entry, path in zip(found, parts, strict=True)
+        if len(path) > depth
+    ]
 
 
 def _shards(name: str, found: Sequence[Found], reader: ArchiveReader) -> Listing | None:
@@ -116,12 +124,13 @@ def _shards(name: str, found: Sequence[Found], reader: ArchiveReader) -> Listing
     classes = [companions.get(key + ".cls") for key in keys]
     without = [entry.path for entry, label in zip(images, classes, strict=True) if label is None]
     if 0 < len(without) < len(images):
-        raise SourceError(f"{name}: {len(without)} of {len(images)} images have no .cls file beside them "
-                          f"({some(without)}); give every image a label, or none")
+        raise SourceError(
+            f"{name}: {len(without)} of {len(images)} images have no .cls file beside them "
+            f"({some(without)}); give every image a label, or none"
+        )
     labels = [UNLABELLED if label is None else _class_number(reader, label) for label in classes]
     names = None if without else numbered_classes(labels, name)
-    items = [Item(entry.path, label, entry.num_bytes, entry.where)
-             for entry, label in zip(images, labels, strict=True)]
+    items = [Item(entry.path, label, entry.num_bytes, entry.where) for entry, label in zip(images, labels, strict=True)]
     others = len(found) - len(images) - sum(label is not None for label in classes)
     return Listing(name, items, reader, names, others)
 

@@ -138,8 +138,10 @@ class Layout:
         rows = np.minimum(np.searchsorted(self.table["ptr"], pointers), len(self.table) - 1)
         wrong = np.flatnonzero(self.table["ptr"][rows] != pointers)
         if wrong.size:
-            raise BetonError(f"{self.path}: {wrong.size} of {self.num_samples} samples (first: {wrong[0]}) have no "
-                             "entry in the allocation table: the file is damaged; convert it again")
+            raise BetonError(
+                f"{self.path}: {wrong.size} of {self.num_samples} samples (first: {wrong[0]}) have no "
+                "entry in the allocation table: the file is damaged; convert it again"
+            )
         return self.table["size"][rows].astype(np.int64)
 
 
@@ -151,8 +153,9 @@ def read_layout(path: Path) -> Layout:
     types = ffcv_types()
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
-        raise BetonError(f"{path}: a .beton file was wanted, found {what}; make one with "
-                         f"`python -m data_prep convert SRC {path}`")
+        raise BetonError(
+            f"{path}: a .beton file was wanted, found {what}; make one with `python -m data_prep convert SRC {path}`"
+        )
     size = path.stat().st_size
     header = _read(path, types.HeaderType, 1, 0, size, "header")[0]
     _check_header(path, header, types.CURRENT_VERSION, size)
@@ -176,16 +179,22 @@ def read_layout(path: Path) -> Layout:
 def _check_header(path: Path, header: Any, version: int, size: int) -> None:
     page_size = int(header["page_size"])
     if header["version"] != version or page_size < 1 << 21 or page_size & (page_size - 1):
-        raise BetonError(f"{path}: not a .beton file of FFCV (wanted version {version} and a page size that is a power "
-                         f"of two, found {header['version']} and {page_size}); convert the images again")
+        raise BetonError(
+            f"{path}: not a .beton file of FFCV (wanted version {version} and a page size that is a power "
+            f"of two, found {header['version']} and {page_size}); convert the images again"
+        )
     if header["alloc_table_ptr"] == 0:
-        raise BetonError(f"{path}: the conversion that wrote this file was killed before its end (no allocation "
-                         "table); delete it and convert again")
+        raise BetonError(
+            f"{path}: the conversion that wrote this file was killed before its end (no allocation "
+            "table); delete it and convert again"
+        )
     if header["num_samples"] == 0:
         raise BetonError(f"{path}: holds no samples; convert a folder with images in it")
     if header["alloc_table_ptr"] >= size:
-        raise BetonError(f"{path}: cut short (its allocation table should begin at byte {header['alloc_table_ptr']}, "
-                         f"the file ends at {size}); copy or convert it again")
+        raise BetonError(
+            f"{path}: cut short (its allocation table should begin at byte {header['alloc_table_ptr']}, "
+            f"the file ends at {size}); copy or convert it again"
+        )
 
 
 def _handlers(path: Path, descriptors: Records) -> dict[str, Any]:
@@ -195,8 +204,10 @@ def _handlers(path: Path, descriptors: Records) -> dict[str, Any]:
         name = row["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")
         handler = known.get(int(row["type_id"]))
         if handler is None:
-            raise BetonError(f"{path}: field {name!r} is of a custom type ({row['type_id']}), which only its author "
-                             "can read; write it again with FFCV's own field types")
+            raise BetonError(
+                f"{path}: field {name!r} is of a custom type ({row['type_id']}), which only its author "
+                "can read; write it again with FFCV's own field types"
+            )
         handlers[name] = handler.from_binary(row["arguments"])
     _check_fields(path, {name: type(handler).__name__ for name, handler in handlers.items()})
     return handlers
@@ -205,8 +216,10 @@ def _handlers(path: Path, descriptors: Records) -> dict[str, Any]:
 def _check_fields(path: Path, kinds: dict[str, str]) -> None:
     listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
     if kinds.get("image") != "RGBImageField":
-        raise BetonError(f"{path}: an RGBImageField named image was wanted, its fields are: {listing}; convert the "
-                         "images with data_prep, or name that field image when writing with FFCV")
+        raise BetonError(
+            f"{path}: an RGBImageField named image was wanted, its fields are: {listing}; convert the "
+            "images with data_prep, or name that field image when writing with FFCV"
+        )
     if kinds.get("label", "IntField") != "IntField":
         raise BetonError(f"{path}: the field named label must be an IntField, its fields are: {listing}")
 
@@ -215,8 +228,10 @@ def _read_table(path: Path, start: int, size: int) -> Records:
     dtype = ffcv_types().ALLOC_TABLE_TYPE
     rows, rest = divmod(size - start, dtype.itemsize)
     if rows == 0 or rest:
-        raise BetonError(f"{path}: its allocation table is cut short or empty ({size - start} bytes, {dtype.itemsize} "
-                         "a sample); copy or convert it again")
+        raise BetonError(
+            f"{path}: its allocation table is cut short or empty ({size - start} bytes, {dtype.itemsize} "
+            "a sample); copy or convert it again"
+        )
     table = _read(path, dtype, rows, start, size, "allocation table")
     ordered = table if (np.diff(table["ptr"].astype(np.int64)) > 0).all() else table[np.argsort(table["ptr"])]
     if int(ordered["ptr"][-1]) + int(ordered["size"][-1]) > start:

@@ -68,8 +68,10 @@ def list_binary(folder: Path, title: str, *, name: str, split: str | None) -> Li
 def _items(path: Path, title: str, number: int) -> list[Item]:
     images, labels = _load(path, title)
     size = images[0].size
-    return [Item(f"{path.name}/{row:05d}", label, size, (number, row))
-            for row, label in enumerate(labels or [UNLABELLED] * len(images))]
+    return [
+        Item(f"{path.name}/{row:05d}", label, size, (number, row))
+        for row, label in enumerate(labels or [UNLABELLED] * len(images))
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -105,14 +107,17 @@ def _load_pickle(label: bytes) -> Callable[[Path], tuple[Pixels, list[int]]]:
     def load(path: Path) -> tuple[Pixels, list[int]]:
         batch = _unpickle(path)
         return np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), [int(value) for value in batch[label]]
+
     return load
 
 
 def _load_records(label_bytes: int) -> Callable[[Path], tuple[Pixels, list[int]]]:
     """Rows of one or two label bytes (the last one counts) and 3 x 32 x 32 pixels."""
+
     def load(path: Path) -> tuple[Pixels, list[int]]:
         rows = np.fromfile(path, np.uint8).reshape(-1, label_bytes + 3072)
         return rows[:, label_bytes:].reshape(-1, 3, 32, 32), rows[:, label_bytes - 1].tolist()
+
     return load
 
 
@@ -135,14 +140,32 @@ _CIFAR10 = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "t
 
 KINDS = {
     "CIFAR-10": Kind("CIFAR-10", _CIFAR10, _load_pickle(b"labels"), "batches.meta", _pickled_names(b"label_names")),
-    "CIFAR-100": Kind("CIFAR-100", {"train": ("train",), "test": ("test",)}, _load_pickle(b"fine_labels"), "meta",
-                      _pickled_names(b"fine_label_names")),
+    "CIFAR-100": Kind(
+        "CIFAR-100",
+        {"train": ("train",), "test": ("test",)},
+        _load_pickle(b"fine_labels"),
+        "meta",
+        _pickled_names(b"fine_label_names"),
+    ),
     "CIFAR-10 (binary)": Kind(
-        "CIFAR-10 (binary)", {split: tuple(f"{file}.bin" for file in files) for split, files in _CIFAR10.items()},
-        _load_records(1), "batches.meta.txt", _listed_names),
-    "CIFAR-100 (binary)": Kind("CIFAR-100 (binary)", {"train": ("train.bin",), "test": ("test.bin",)}, _load_records(2),
-                               "fine_label_names.txt", _listed_names),
+        "CIFAR-10 (binary)",
+        {split: tuple(f"{file}.bin" for file in files) for split, files in _CIFAR10.items()},
+        _load_records(1),
+        "batches.meta.txt",
+        _listed_names,
+    ),
+    "CIFAR-100 (binary)": Kind(
+        "CIFAR-100 (binary)",
+        {"train": ("train.bin",), "test": ("test.bin",)},
+        _load_records(2),
+        "fine_label_names.txt",
+        _listed_names,
+    ),
     "STL-10 (binary)": Kind(
-        "STL-10 (binary)", {"train": ("train_X.bin",), "test": ("test_X.bin",), "unlabeled": ("unlabeled_X.bin",)},
-        _load_stl10, "class_names.txt", _listed_names),
+        "STL-10 (binary)",
+        {"train": ("train_X.bin",), "test": ("test_X.bin",), "unlabeled": ("unlabeled_X.bin",)},
+        _load_stl10,
+        "class_names.txt",
+        _listed_names,
+    ),
 }

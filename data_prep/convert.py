@@ -70,8 +70,15 @@ def convert(
     returns: None where `out` is there already, made with the same settings from the same images
     raises: ConvertError, WorkerDiedError, BetonError, OSError; no file is left behind
     """
-    settings = {**(options or {}), "on_bad": on_bad, "quality": encoding.quality, "max_size": encoding.max_size,
-                "copy_jpeg": encoding.copy_jpeg, "chroma": "4:2:0", "page_size": encoding.max_bytes}
+    settings = {
+        **(options or {}),
+        "on_bad": on_bad,
+        "quality": encoding.quality,
+        "max_size": encoding.max_size,
+        "copy_jpeg": encoding.copy_jpeg,
+        "chroma": "4:2:0",
+        "page_size": encoding.max_bytes,
+    }
     if out.exists() and not overwrite:
         _refuse_other(listing, out, settings)
         return None
@@ -91,19 +98,25 @@ def _refuse_other(listing: Listing, out: Path, settings: dict[str, Any]) -> None
     """Return if `out` is what would be written; raise otherwise."""
     manifest = read_manifest(out)
     if manifest is None:
-        raise ConvertError(f"{out}: exists, and no manifest says from what it was made; choose another name, or give "
-                           "--overwrite")
-    changed = [f"{key} {manifest.settings.get(key)!r} then, {settings.get(key)!r} now"
-               for key in sorted(settings.keys() | manifest.settings.keys())
-               if settings.get(key) != manifest.settings.get(key)]
+        raise ConvertError(
+            f"{out}: exists, and no manifest says from what it was made; choose another name, or give --overwrite"
+        )
+    changed = [
+        f"{key} {manifest.settings.get(key)!r} then, {settings.get(key)!r} now"
+        for key in sorted(settings.keys() | manifest.settings.keys())
+        if settings.get(key) != manifest.settings.get(key)
+    ]
     if manifest.sources_sha256 != listing.sha256():
         changed.append("other images")
     if changed:
-        raise ConvertError(f"{out}: exists, made differently ({'; '.join(changed)}); choose another name, or give "
-                           "--overwrite")
+        raise ConvertError(
+            f"{out}: exists, made differently ({'; '.join(changed)}); choose another name, or give --overwrite"
+        )
     if out.stat().st_size != manifest.beton_bytes or file_sha256(out) != manifest.beton_sha256:
-        raise BetonError(f"{out}: exists, but is not what its manifest describes (other size or sha256): damaged; "
-                         "give --overwrite to convert again")
+        raise BetonError(
+            f"{out}: exists, but is not what its manifest describes (other size or sha256): damaged; "
+            "give --overwrite to convert again"
+        )
 
 
 def _write(
@@ -120,13 +133,27 @@ def _write(
                 continue
             sample_id = writer.add(stored.data, width=stored.width, height=stored.height, label=item.label)
             action = "copied" if stored.is_copy else "re-encoded"
-            samples.write(row_text((sample_id, item.label, item.name, stored.width, stored.height, action,
-                                    stored.source_format, digest)))
+            samples.write(
+                row_text(
+                    (
+                        sample_id,
+                        item.label,
+                        item.name,
+                        stored.width,
+                        stored.height,
+                        action,
+                        stored.source_format,
+                        digest,
+                    )
+                )
+            )
             copied += stored.is_copy
             damaged += stored.source_format.endswith("/damaged")
         if writer.num_samples == 0:
-            raise ConvertError(f"{listing.name}: none of its {len(left_out)} images can be read; the first, "
-                               f"{left_out[0][0]}: {left_out[0][1]}")
+            raise ConvertError(
+                f"{listing.name}: none of its {len(left_out)} images can be read; the first, "
+                f"{left_out[0][0]}: {left_out[0][1]}"
+            )
         writer.finish()
     return Tally(copied, tuple(left_out), damaged)
 
@@ -139,8 +166,9 @@ def _refuse_bad(item: Item, reason: str, on_bad: Literal["skip", "fail"]) -> Non
 def _stored(listing: Listing, encoding: Encoding, workers: int) -> Iterator[tuple[Item, Stored | str, str]]:
     """Every item with what to store of it (or the reason why it cannot be) and the sha256 of that."""
     tasks = split_evenly(listing.items, CHUNK_SIZE)
-    results = ordered_map(store_chunk, tasks, workers=workers, preload=__name__, start=start_worker,
-                          start_args=(listing.reader, encoding))
+    results = ordered_map(
+        store_chunk, tasks, workers=workers, preload=__name__, start=start_worker, start_args=(listing.reader, encoding)
+    )
     with closing(results), Meter("convert", len(listing.items)) as meter:
         for items, stored in zip(split_evenly(listing.items, CHUNK_SIZE), results, strict=True):
             for item, (result, digest) in zip(items, stored, strict=True):
@@ -193,8 +221,11 @@ def _manifest(listing: Listing, path: Path, tally: Tally, settings: dict[str, An
         num_copied=tally.copied,
         num_left_out=len(tally.left_out),
         num_ignored=listing.num_ignored,
-        libraries={"opencv": cv2.__version__, "pillow": PIL.__version__,
-                   "pillow_libjpeg_turbo": PIL.features.version("libjpeg_turbo") or "unknown"},
+        libraries={
+            "opencv": cv2.__version__,
+            "pillow": PIL.__version__,
+            "pillow_libjpeg_turbo": PIL.features.version("libjpeg_turbo") or "unknown",
+        },
     )
 
 

@@ -33,8 +33,9 @@ class Found:
 
 def list_folder(root: Path, *, name: str, unlabelled: bool = False) -> Listing:
     """List a folder of class folders, or of images without labels. raises: SourceError."""
-    return label_by_folder(list(_walk(root)), folders(root), root=str(root), name=name, reader=FolderReader(root),
-                           unlabelled=unlabelled)
+    return label_by_folder(
+        list(_walk(root)), folders(root), root=str(root), name=name, reader=FolderReader(root), unlabelled=unlabelled
+    )
 
 
 def label_by_folder(
@@ -52,9 +53,11 @@ def label_by_folder(
     direct = [entry.path for entry in images if "/" not in entry.path]
     if direct and len(direct) < len(images) and not unlabelled:
         below = next(entry.path.split("/")[0] for entry in images if "/" in entry.path)
-        raise SourceError(f"{root}: holds both images ({direct[0]} and {len(direct) - 1} more) and folders with images "
-                          f"({below}), so it is not clear whether the folders are classes; move the images away, or "
-                          "give --unlabelled to take them all without labels")
+        raise SourceError(
+            f"{root}: holds both images ({direct[0]} and {len(direct) - 1} more) and folders with images "
+            f"({below}), so it is not clear whether the folders are classes; move the images away, or "
+            "give --unlabelled to take them all without labels"
+        )
     if unlabelled or direct:
         items = [Item(entry.path, UNLABELLED, entry.num_bytes, entry.where) for entry in images]
         return Listing(name, items, reader, None, num_ignored)
@@ -96,8 +99,10 @@ def _refuse_none(images: Sequence[Found], found: Sequence[Found], root: str) -> 
 def _refuse_splits(root: str, classes: Sequence[str]) -> None:
     """Train and val taken for two classes would be a wrong data set that looks right."""
     if all(folder.lower() in SPLIT_NAMES for folder in classes):
-        raise SourceError(f"{root}: its folders ({some(classes)}) look like splits, not classes; choose one with "
-                          f"--split {classes[0]}, or take everything without labels with --unlabelled")
+        raise SourceError(
+            f"{root}: its folders ({some(classes)}) look like splits, not classes; choose one with "
+            f"--split {classes[0]}, or take everything without labels with --unlabelled"
+        )
 
 
 def _walk(root: Path) -> Iterator[Found]:

@@ -72,13 +72,17 @@ def take_subset(listing: Listing, names: Sequence[str], *, list_name: str) -> Li
     for name in names:
         matches = [by_name[name]] if name in by_name else by_file.get(name, [])
         if len(matches) > 1:
-            raise SourceError(f"{list_name}: {name} fits {len(matches)} images of {listing.name} ({matches[0].name}, "
-                              f"{matches[1].name} ...); write their paths below the source instead")
+            raise SourceError(
+                f"{list_name}: {name} fits {len(matches)} images of {listing.name} ({matches[0].name}, "
+                f"{matches[1].name} ...); write their paths below the source instead"
+            )
         chosen.update(item.name for item in matches)
         unknown += [] if matches else [name]
     if unknown:
-        raise SourceError(f"{list_name}: {len(unknown)} of {len(names)} names are not in {listing.name} "
-                          f"({some(unknown)}); take them out of the list, or give the source that has them")
+        raise SourceError(
+            f"{list_name}: {len(unknown)} of {len(names)} names are not in {listing.name} "
+            f"({some(unknown)}); take them out of the list, or give the source that has them"
+        )
     if not chosen:
         raise SourceError(f"{list_name}: names no image; write one name a line")
     return replace(listing, items=[item for item in listing.items if item.name in chosen])
@@ -87,8 +91,9 @@ def take_subset(listing: Listing, names: Sequence[str], *, list_name: str) -> Li
 def numbered_classes(labels: Sequence[int], name: str) -> tuple[str, ...]:
     """Names for classes that have numbers only. raises: SourceError for numbers that cannot be classes."""
     if max(labels) >= MAX_CLASSES:
-        raise SourceError(f"{name}: label {max(labels)} is no class number (at most {MAX_CLASSES - 1}); number the "
-                          "classes from 0")
+        raise SourceError(
+            f"{name}: label {max(labels)} is no class number (at most {MAX_CLASSES - 1}); number the classes from 0"
+        )
     return tuple(str(number) for number in range(max(labels) + 1))
 
 

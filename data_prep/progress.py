@@ -39,8 +39,12 @@ class Meter:
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             left_s = (self._total - self._done) / max(self.images_per_s, 1e-9)
-            print(f"{self._what}: {self._done} of {self._total} images, {self.images_per_s:.0f} images/s, "
-                  f"{left_s:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self._what}: {self._done} of {self._total} images, {self.images_per_s:.0f} images/s, "
+                f"{left_s:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @property
     def images_per_s(self) -> float:
@@ -48,6 +52,11 @@ class Meter:
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True))

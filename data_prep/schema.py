@@ -21,8 +21,19 @@ import numpy.typing as npt
 
 from data_prep.beton import RAW_MODE, BetonError, Layout, read_layout
 
-__all__ = ["SCHEMA_VERSION", "BetonError", "BetonInfo", "Manifest", "file_sha256", "manifest_path", "open_beton",
-           "read_labels", "read_manifest", "read_samples", "sample_names"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "BetonError",
+    "BetonInfo",
+    "Manifest",
+    "file_sha256",
+    "manifest_path",
+    "open_beton",
+    "read_labels",
+    "read_manifest",
+    "read_samples",
+    "sample_names",
+]
 
 SCHEMA_VERSION = 1
 SAMPLE_COLUMNS = ("sample_id", "label", "name", "width", "height", "action", "source_format", "sha256")
@@ -119,8 +130,10 @@ def read_manifest(path: Path) -> Manifest | None:
     except (ValueError, KeyError, TypeError) as error:
         raise BetonError(f"{source}: not a manifest of data_prep ({error!r}); {_AGAIN}") from error
     if version != SCHEMA_VERSION:
-        raise BetonError(f"{source}: schema version {version}, this code reads {SCHEMA_VERSION}; {_AGAIN}, "
-                         "or use the version of data_prep that wrote it")
+        raise BetonError(
+            f"{source}: schema version {version}, this code reads {SCHEMA_VERSION}; {_AGAIN}, "
+            "or use the version of data_prep that wrote it"
+        )
     missing = [entry.name for entry in fields(Manifest) if entry.name not in known]
     if missing:
         raise BetonError(f"{source}: has no {', '.join(missing)}; {_AGAIN}")
@@ -140,8 +153,10 @@ def sample_names(path: Path) -> list[str]:
     """
     source = samples_path(path)
     if not source.exists():
-        raise BetonError(f"{source}: no such file, so the names of the samples are unknown (FFCV itself keeps none); "
-                         "convert the images with data_prep, or copy the file beside the .beton")
+        raise BetonError(
+            f"{source}: no such file, so the names of the samples are unknown (FFCV itself keeps none); "
+            "convert the images with data_prep, or copy the file beside the .beton"
+        )
     rows = list(read_rows(source, SAMPLE_COLUMNS))
     for expected, row in enumerate(rows):
         if row["sample_id"] != str(expected):
@@ -158,8 +173,10 @@ def read_samples(path: Path, ids: Iterable[int] | None = None) -> Iterator[tuple
     data, sizes = np.memmap(path, np.uint8, "r"), layout.sizes()
     for sample_id in range(layout.num_samples) if ids is None else ids:
         if layout.image["mode"][sample_id] == RAW_MODE:
-            raise BetonError(f"{path}: sample {sample_id} is stored as raw pixels, JPEG was wanted; write it with "
-                             "write_mode='jpg', or convert the images with data_prep")
+            raise BetonError(
+                f"{path}: sample {sample_id} is stored as raw pixels, JPEG was wanted; write it with "
+                "write_mode='jpg', or convert the images with data_prep"
+            )
         start = int(layout.image["data_ptr"][sample_id])
         yield sample_id, data[start : start + int(sizes[sample_id])].tobytes()
 
@@ -202,9 +219,11 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
 def _check_same(layout: Layout, manifest: Manifest) -> None:
     size = layout.path.stat().st_size
     if (layout.num_samples, size) != (manifest.num_samples, manifest.beton_bytes):
-        raise BetonError(f"{layout.path}: has {layout.num_samples} samples in {size} bytes, its manifest speaks of "
-                         f"{manifest.num_samples} in {manifest.beton_bytes}: they do not belong together; "
-                         f"{_AGAIN}, or copy both from where they were made")
+        raise BetonError(
+            f"{layout.path}: has {layout.num_samples} samples in {size} bytes, its manifest speaks of "
+            f"{manifest.num_samples} in {manifest.beton_bytes}: they do not belong together; "
+            f"{_AGAIN}, or copy both from where they were made"
+        )
 
 
 def _escape(value: str) -> str:

@@ -39,8 +39,14 @@ def list_source(
     listing = _list(source, source.resolve().name, scratch, split, unlabelled)
     if not unlabelled or listing.classes is None:
         return listing
-    return Listing(listing.name, [Item(item.name, UNLABELLED, item.num_bytes, item.where) for item in listing.items],
-                   listing.reader, None, listing.num_ignored, listing.notes)
+    return Listing(
+        listing.name,
+        [Item(item.name, UNLABELLED, item.num_bytes, item.where) for item in listing.items],
+        listing.reader,
+        None,
+        listing.num_ignored,
+        listing.notes,
+    )
 
 
 def _list(source: Path, name: str, scratch: Path | None, split: str | None, unlabelled: bool) -> Listing:
@@ -49,14 +55,17 @@ def _list(source: Path, name: str, scratch: Path | None, split: str | None, unla
     if source.name.lower().endswith(ARCHIVE_SUFFIXES):
         return list_archives([source], name=name, split=split, unlabelled=unlabelled, scratch=scratch)
     if split is not None:
-        raise SourceError(f"{source}: --split {split} chooses a part of a folder or of an archive, this is one file; "
-                          "leave it out")
+        raise SourceError(
+            f"{source}: --split {split} chooses a part of a folder or of an archive, this is one file; leave it out"
+        )
     if source.suffix.lower() == ".parquet":
         return list_tables([source], name=name)
     if source.suffix.lower() in LIST_SUFFIXES:
         return list_file(source, name=name)
-    raise SourceError(f"{source}: not a known kind of source; wanted a folder, or a file that ends in "
-                      f"{' '.join((*ARCHIVE_SUFFIXES, '.parquet', *LIST_SUFFIXES))}")
+    raise SourceError(
+        f"{source}: not a known kind of source; wanted a folder, or a file that ends in "
+        f"{' '.join((*ARCHIVE_SUFFIXES, '.parquet', *LIST_SUFFIXES))}"
+    )
 
 
 def _list_folder(source: Path, name: str, scratch: Path | None, split: str | None, unlabelled: bool) -> Listing:
@@ -74,8 +83,11 @@ def _list_folder(source: Path, name: str, scratch: Path | None, split: str | Non
 
 def _tables(source: Path, split: str | None) -> list[Path]:
     """The parquet files of a split, where a folder is laid out as data sets on the Hugging Face hub are."""
-    found = sorted(path for pattern in ("*.parquet", "data/*.parquet", f"{split or '*'}/*.parquet")
-                   for path in source.glob(pattern))
+    found = sorted(
+        path
+        for pattern in ("*.parquet", "data/*.parquet", f"{split or '*'}/*.parquet")
+        for path in source.glob(pattern)
+    )
     found = list(dict.fromkeys(found))
     splits = sorted({_split_of(path, source) for path in found})
     if split is None and len(splits) > 1:
@@ -102,15 +114,21 @@ def list_file(path: Path, *, name: str) -> Listing:
     pairs = [_split_line(line) for line in lines]
     labelled = [label is not None for _, label in pairs]
     if any(labelled) and not all(labelled):
-        raise SourceError(f"{path}: {labelled.count(False)} of its {len(labelled)} images have no label, such as "
-                          f"{pairs[labelled.index(False)][0]}; give every line a label, or none")
+        raise SourceError(
+            f"{path}: {labelled.count(False)} of its {len(labelled)} images have no label, such as "
+            f"{pairs[labelled.index(False)][0]}; give every line a label, or none"
+        )
     missing = [entry for entry, _ in pairs if not (root / entry).is_file()]
     if missing or not pairs:
-        raise SourceError(f"{path}: {len(missing)} of its {len(pairs)} images do not exist below {root} "
-                          f"({some(missing)}); write paths as seen from the list")
+        raise SourceError(
+            f"{path}: {len(missing)} of its {len(pairs)} images do not exist below {root} "
+            f"({some(missing)}); write paths as seen from the list"
+        )
     numbers, classes = _number([label for _, label in pairs if label is not None], name)
-    items = [Item(entry, label, (root / entry).stat().st_size)
-             for (entry, _), label in zip(pairs, numbers or [UNLABELLED] * len(pairs), strict=True)]
+    items = [
+        Item(entry, label, (root / entry).stat().st_size)
+        for (entry, _), label in zip(pairs, numbers or [UNLABELLED] * len(pairs), strict=True)
+    ]
     return Listing(name, items, FolderReader(root), classes)
 
 

@@ -39,8 +39,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.train_per_class < 1 or self.val_per_class < 0:
-            raise ValueError(f"synth needs 1 or more images a class for train and 0 or more for val, got "
-                             f"{self.train_per_class} and {self.val_per_class}")
+            raise ValueError(
+                f"synth needs 1 or more images a class for train and 0 or more for val, got "
+                f"{self.train_per_class} and {self.val_per_class}"
+            )
         if not 32 <= self.size[0] <= self.size[1] <= 4096:
             raise ValueError(f"--size must be two sides with 32 <= MIN <= MAX <= 4096 pixels, got {self.size}")
         if self.seed < 0:
@@ -121,8 +123,14 @@ def _is_done(out: Path, plan: Plan, wanted: int, overwrite: bool) -> bool:
 
 
 def _draw_all(root: Path, plan: Plan, pictures: Sequence[Picture], workers: int) -> None:
-    results = ordered_map(draw_chunk, split_evenly(pictures, CHUNK_SIZE), workers=workers, preload=__name__,
-                          start=start_worker, start_args=(root, plan))
+    results = ordered_map(
+        draw_chunk,
+        split_evenly(pictures, CHUNK_SIZE),
+        workers=workers,
+        preload=__name__,
+        start=start_worker,
+        start_args=(root, plan),
+    )
     with closing(results), Meter("synth", len(pictures)) as meter:
         for drawn in results:
             meter.advance(drawn)

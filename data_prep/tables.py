@@ -56,10 +56,15 @@ def _columns(table: Any, path: Path) -> Columns:
     features = _features(schema)
     images = [field.name for field in schema if _is_image(field.type)]
     if len(images) != 1:
-        raise SourceError(f"{path}: one column of images (bytes, or a struct with a field bytes) was wanted, found "
-                          f"{some(images)}; its columns: {some(schema.names, 20)}")
-    named = [column for column, feature in features.items()
-             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"]
+        raise SourceError(
+            f"{path}: one column of images (bytes, or a struct with a field bytes) was wanted, found "
+            f"{some(images)}; its columns: {some(schema.names, 20)}"
+        )
+    named = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    ]
     candidates = [column for column in LABEL_COLUMNS if column in (named or schema.names)] or named
     label = candidates[0] if candidates else None
     classes = features.get(label or "", {}).get("names") if label in named else None
@@ -83,8 +88,10 @@ def _items(path: Path, number: int, columns: Columns) -> Iterator[Item]:
     table = _open(path)
     names = table.schema_arrow.names
     if columns.image not in names or (columns.label or columns.image) not in names:
-        raise SourceError(f"{path}: has no columns {columns.image} and {columns.label}, as the first file has; its "
-                          f"columns: {some(names, 20)}")
+        raise SourceError(
+            f"{path}: has no columns {columns.image} and {columns.label}, as the first file has; its "
+            f"columns: {some(names, 20)}"
+        )
     row = 0
     for group in range(table.num_row_groups):
         count = table.metadata.row_group(group).num_rows

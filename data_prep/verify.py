@@ -47,8 +47,14 @@ def verify(path: Path, *, every: int = 1, workers: int = 1) -> Report:
     labels, digests = _listed(info)
     faults = list(_manifest_faults(info, layout, labels)) if info.manifest else []
     samples = _samples(layout, digests if len(digests) == info.num_samples else None)[::every]
-    results = ordered_map(check_chunk, split_evenly(samples, CHUNK_SIZE), workers=workers, preload=__name__,
-                          start=start_worker, start_args=(path,))
+    results = ordered_map(
+        check_chunk,
+        split_evenly(samples, CHUNK_SIZE),
+        workers=workers,
+        preload=__name__,
+        start=start_worker,
+        start_args=(path,),
+    )
     with closing(results), Meter("verify", len(samples)) as meter:
         for chunk, found in zip(split_evenly(samples, CHUNK_SIZE), results, strict=True):
             faults += found
@@ -145,8 +151,10 @@ def _manifest_faults(info: BetonInfo, layout: Layout, labels: npt.NDArray[np.int
 def _refuse(path: Path, faults: Sequence[str]) -> None:
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise BetonError(f"{path}: {len(faults)} faults: {'; '.join(faults[:5])}{more}; copy the file again from where "
-                         "it was made, or convert the images again with --overwrite")
+        raise BetonError(
+            f"{path}: {len(faults)} faults: {'; '.join(faults[:5])}{more}; copy the file again from where "
+            "it was made, or convert the images again with --overwrite"
+        )
 
 
 def describe(path: Path) -> list[tuple[str, str]]:
@@ -183,7 +191,10 @@ def _describe_manifest(info: BetonInfo) -> list[tuple[str, str]]:
     return [
         ("source", manifest.source),
         ("profile", f"{manifest.profile} ({settings})"),
-        ("images", f"{manifest.num_reencoded} encoded again, {manifest.num_copied} copied, "
-                   f"{manifest.num_left_out} left out, {manifest.num_ignored} other files"),
+        (
+            "images",
+            f"{manifest.num_reencoded} encoded again, {manifest.num_copied} copied, "
+            f"{manifest.num_left_out} left out, {manifest.num_ignored} other files",
+        ),
         ("sha256", manifest.beton_sha256),
     ]

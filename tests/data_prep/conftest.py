@@ -50,9 +50,12 @@ class BytesReader:
 @pytest.fixture(scope="session")
 def listing_of() -> Callable[[dict[str, bytes]], Listing]:
     """Makes an unlabelled listing of files that exist in memory only."""
+
     def make(contents: dict[str, bytes]) -> Listing:
-        return Listing("memory", [Item(name, -1, len(data)) for name, data in contents.items()], BytesReader(contents),
-                       None)
+        return Listing(
+            "memory", [Item(name, -1, len(data)) for name, data in contents.items()], BytesReader(contents), None
+        )
+
     return make
 
 
@@ -64,10 +67,15 @@ def written_by_ffcv(images: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("ffcv")
-    samples = [(np.asarray(Image.open(path).convert("RGB")), USED.index(path.parent.name))
-               for path in sorted(images.glob("*/*.jpg"))]
-    jpg = DatasetWriter(str(folder / "jpg.beton"), num_workers=1,
-                        fields={"image": RGBImageField("jpg", max_resolution=64), "label": IntField()})
+    samples = [
+        (np.asarray(Image.open(path).convert("RGB")), USED.index(path.parent.name))
+        for path in sorted(images.glob("*/*.jpg"))
+    ]
+    jpg = DatasetWriter(
+        str(folder / "jpg.beton"),
+        num_workers=1,
+        fields={"image": RGBImageField("jpg", max_resolution=64), "label": IntField()},
+    )
     jpg.from_indexed_dataset(samples)
     raw = DatasetWriter(str(folder / "raw.beton"), num_workers=1, fields={"image": RGBImageField("raw")})
     raw.from_indexed_dataset([(image,) for image, _ in samples])
@@ -77,8 +85,10 @@ def written_by_ffcv(images: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs a command of data_prep; gives its exit code, standard output and standard error."""
+
     def call(*arguments: object) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])
         captured = capfd.readouterr()
         return code, captured.out, captured.err
+
     return call

@@ -54,8 +54,9 @@ SOURCES: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_an_archive_gives_the_same_file_as_its_folder(files: dict[str, bytes], converted: Path, tmp_path: Path,
-                                                      kind: str) -> None:
+def test_an_archive_gives_the_same_file_as_its_folder(
+    files: dict[str, bytes], converted: Path, tmp_path: Path, kind: str
+) -> None:
     source = SOURCES[kind](files, tmp_path)
     listing = list_source(source, scratch=tmp_path / "scratch")
     out = tmp_path / "x.beton"
@@ -70,8 +71,7 @@ def test_a_split_inside_an_archive_is_found_and_compressed_ones_leave_nothing_be
     source, out = pack(tmp_path / "x.tar.gz", members, "w:gz"), tmp_path / "out" / "x.beton"
     assert run("convert", source, out, "--split", "train", "--max-size", 64)[0] == 0
     assert out.read_bytes() == converted.read_bytes()
-    assert sorted(path.name for path in out.parent.iterdir()) == [
-        "x.beton", "x.beton.json", "x.beton.samples.tsv"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.beton", "x.beton.json", "x.beton.samples.tsv"]
     code, _, error = run("convert", source, out, "--split", "test")
     assert (code, "no folder test for --split test; its folders: train, v2, val" in error) == (2, True)
     code, _, error = run("convert", source, out)
@@ -84,8 +84,11 @@ def test_webdataset_shards_take_their_labels_from_cls_files(files: dict[str, byt
         members: dict[str, bytes] = {}
         for index in range(4):
             number = shard * 4 + index
-            members |= {f"{index:03d}.jpg": data[number], f"{index:03d}.cls": f"{number}\n".encode(),
-                        f"{index:03d}.json": b"{}"}
+            members |= {
+                f"{index:03d}.jpg": data[number],
+                f"{index:03d}.cls": f"{number}\n".encode(),
+                f"{index:03d}.json": b"{}",
+            }
         pack(tmp_path / f"shard-{shard}.tar", members)
     listing = list_source(tmp_path)
     assert [(item.name, item.label) for item in listing.items][3:5] == [("shard-0/003.jpg", 3), ("shard-1/000.jpg", 4)]
@@ -100,13 +103,16 @@ def test_shards_without_cls_files_have_no_labels(tmp_path: Path) -> None:
     assert ([item.label for item in listing.items], listing.classes) == ([-1, -1], None)
 
 
-@pytest.mark.parametrize(("members", "message"), [
-    ({"a.jpg": b"1", "a.cls": b"3", "b.jpg": b"2"}, "1 of 2 images have no .cls"),
-    ({"a.jpg": b"1", "a.cls": b"cat"}, "a class number was wanted, found 'cat'"),
-    ({"a.jpg": b"1", "a.cls": b"123456789"}, "label 123456789 is no class number"),
-    ({"a.txt": b"1"}, "no images found"),
-    ({"a.jpg": b"1", "cat/b.jpg": b"1"}, "holds both images"),
-])
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.jpg": b"1", "a.cls": b"3", "b.jpg": b"2"}, "1 of 2 images have no .cls"),
+        ({"a.jpg": b"1", "a.cls": b"cat"}, "a class number was wanted, found 'cat'"),
+        ({"a.jpg": b"1", "a.cls": b"123456789"}, "label 123456789 is no class number"),
+        ({"a.txt": b"1"}, "no images found"),
+        ({"a.jpg": b"1", "cat/b.jpg": b"1"}, "holds both images"),
+    ],
+)
 def test_archives_that_make_no_sense_are_refused(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         list_source(pack(tmp_path / "x.tar", members))
@@ -125,24 +131,31 @@ def test_a_damaged_archive_is_refused(files: dict[str, bytes], tmp_path: Path, m
 
 
 @pytest.mark.parametrize("line", ["{path} {label}", "{path}\t{label}", "{path}\t{name}"])
-def test_a_list_of_images_gives_the_same_file_as_its_folder(images: Path, converted: Path, tmp_path: Path,
-                                                            line: str) -> None:
+def test_a_list_of_images_gives_the_same_file_as_its_folder(
+    images: Path, converted: Path, tmp_path: Path, line: str
+) -> None:
     (tmp_path / "my images").symlink_to(images)
-    lines = [line.format(path=f"my images/{item.name}", label=item.label, name=item.name.split("/")[0])
-             for item in list_source(images).items]
+    lines = [
+        line.format(path=f"my images/{item.name}", label=item.label, name=item.name.split("/")[0])
+        for item in list_source(images).items
+    ]
     (tmp_path / "list.txt").write_text("\n".join(lines))
     listing = list_source(tmp_path / "list.txt")
     convert(listing, tmp_path / "x.beton", encoding=SMALL, workers=1)
     assert (tmp_path / "x.beton").read_bytes() == converted.read_bytes()
-    assert listing.classes == (tuple(sorted(folder.name for folder in images.iterdir())) if "name" in line else
-                               ("0", "1", "2"))
+    assert listing.classes == (
+        tuple(sorted(folder.name for folder in images.iterdir())) if "name" in line else ("0", "1", "2")
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a.jpg 1\nb.jpg", "1 of its 2 images have no label, such as b.jpg"),
-    ("a.jpg\nc.jpg", r"1 of its 2 images do not exist .*\(c.jpg\)"),
-    ("", "0 of its 0 images"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg 1\nb.jpg", "1 of its 2 images have no label, such as b.jpg"),
+        ("a.jpg\nc.jpg", r"1 of its 2 images do not exist .*\(c.jpg\)"),
+        ("", "0 of its 0 images"),
+    ],
+)
 def test_lists_that_make_no_sense_are_refused(tmp_path: Path, text: str, message: str) -> None:
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()

@@ -45,8 +45,15 @@ def test_ffcvs_loader_reads_every_image_and_label(request: pytest.FixtureRequest
 
     size = 24
     pipelines = {"image": [CenterCropRGBImageDecoder((size, size), 1.0)], "label": [IntDecoder()]}
-    loader = Loader(str(converted), batch_size=5, num_workers=1, os_cache=os_cache, order=OrderOption.SEQUENTIAL,
-                    pipelines=pipelines, drop_last=False)
+    loader = Loader(
+        str(converted),
+        batch_size=5,
+        num_workers=1,
+        os_cache=os_cache,
+        order=OrderOption.SEQUENTIAL,
+        pipelines=pipelines,
+        drop_last=False,
+    )
     LOADERS.append(loader)
     batches = [(images.copy(), labels.copy()) for images, labels in loader]
     pixels, labels = (np.concatenate(part) for part in zip(*batches, strict=True))
@@ -99,17 +106,21 @@ def _header(path: Path, field: str, value: int) -> None:
     header.flush()
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("version", 1, "not a .beton file of FFCV"),
-    ("page_size", 12345, "power of two"),
-    ("num_samples", 0, "no samples"),
-    ("num_samples", 10**9, "too few for its metadata"),
-    ("alloc_table_ptr", 0, "killed before its end"),
-    ("alloc_table_ptr", 1 << 40, "cut short"),
-    ("alloc_table_ptr", 77, "points past the data|cut short"),
-])
-def test_a_wrong_header_is_named(tmp_path: Path, written_by_ffcv: dict[str, Path], field: str, value: int,
-                                 message: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("version", 1, "not a .beton file of FFCV"),
+        ("page_size", 12345, "power of two"),
+        ("num_samples", 0, "no samples"),
+        ("num_samples", 10**9, "too few for its metadata"),
+        ("alloc_table_ptr", 0, "killed before its end"),
+        ("alloc_table_ptr", 1 << 40, "cut short"),
+        ("alloc_table_ptr", 77, "points past the data|cut short"),
+    ],
+)
+def test_a_wrong_header_is_named(
+    tmp_path: Path, written_by_ffcv: dict[str, Path], field: str, value: int, message: str
+) -> None:
     path = tmp_path / "x.beton"
     shutil.copy(written_by_ffcv["jpg"], path)
     _header(path, field, value)
@@ -132,8 +143,9 @@ def test_a_missing_file_a_folder_and_other_files_are_refused(tmp_path: Path) -> 
             open_beton(tmp_path / name)
 
 
-def test_a_file_without_an_image_field_is_refused_by_naming_its_fields(tmp_path: Path,
-                                                                        written_by_ffcv: dict[str, Path]) -> None:
+def test_a_file_without_an_image_field_is_refused_by_naming_its_fields(
+    tmp_path: Path, written_by_ffcv: dict[str, Path]
+) -> None:
     path = tmp_path / "x.beton"
     data = written_by_ffcv["jpg"].read_bytes()
     path.write_bytes(data.replace(b"image\0", b"photo\0", 1))

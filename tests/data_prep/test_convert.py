@@ -175,8 +175,9 @@ def test_a_source_without_one_readable_image_is_an_error(tmp_path: Path, listing
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_conversion_twice_is_up_to_date_and_another_is_refused(with_bad: Path, tmp_path: Path,
-                                                                         run: Run) -> None:
+def test_the_same_conversion_twice_is_up_to_date_and_another_is_refused(
+    with_bad: Path, tmp_path: Path, run: Run
+) -> None:
     out = tmp_path / "x.beton"
     assert run("convert", with_bad, out)[0] == 0
     before = out.stat().st_mtime_ns
@@ -205,14 +206,18 @@ def test_a_damaged_or_foreign_file_is_not_up_to_date(images: Path, converted: Pa
         convert(list_source(images), out, encoding=SMALL)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"schema_version": 99}, "schema version 99, this code reads 1"),
-    ({"num_samples": 5}, "do not belong together"),
-    ({"classes": ...}, "has no classes"),
-    (None, "not a manifest"),
-])
-def test_a_wrong_manifest_is_refused(converted: Path, tmp_path: Path, change: dict[str, object] | None,
-                                     message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 99}, "schema version 99, this code reads 1"),
+        ({"num_samples": 5}, "do not belong together"),
+        ({"classes": ...}, "has no classes"),
+        (None, "not a manifest"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(
+    converted: Path, tmp_path: Path, change: dict[str, object] | None, message: str
+) -> None:
     out = tmp_path / "x.beton"
     shutil.copy(converted, out)
     known = {**json.loads(manifest_path(converted).read_text()), **(change or {})}
@@ -234,22 +239,31 @@ def test_a_split_and_a_subset_are_taken(images: Path, tmp_path: Path, run: Run) 
     assert (code, "its folders: train" in error) == (2, True)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--copy-jpeg", "--max-size", 300], "give one of the two"),
-    (["--page-size", 3], "power of two"),
-    (["--workers", 0], "--workers must be 1 or more"),
-    (["--quality", 0], "--quality must lie in"),
-])
-def test_contradictory_arguments_are_refused(images: Path, tmp_path: Path, run: Run, arguments: list[object],
-                                             message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--copy-jpeg", "--max-size", 300], "give one of the two"),
+        (["--page-size", 3], "power of two"),
+        (["--workers", 0], "--workers must be 1 or more"),
+        (["--quality", 0], "--quality must lie in"),
+    ],
+)
+def test_contradictory_arguments_are_refused(
+    images: Path, tmp_path: Path, run: Run, arguments: list[object], message: str
+) -> None:
     code, _, error = run("convert", images, tmp_path / "x.beton", *arguments)
     assert (code, list(tmp_path.iterdir())) == (2, [])
     assert message in error
 
 
 def test_the_command_line_reports_a_users_mistake_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "data_prep", "convert", tmp_path / "none", tmp_path / "x.beton"],
-                          cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep", "convert", tmp_path / "none", tmp_path / "x.beton"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no such folder" in done.stderr

@@ -44,11 +44,23 @@ def photo() -> Image.Image:
     return Image.open(io.BytesIO(draw_jpeg(PLAN, Picture("train", 2, 0)))).convert("RGB")
 
 
-@pytest.mark.parametrize(("mode", "kind", "source_format"), [
-    ("RGB", "JPEG", "JPEG/RGB"), ("L", "JPEG", "JPEG/L"), ("CMYK", "JPEG", "JPEG/CMYK"), ("P", "PNG", "PNG/P"),
-    ("RGBA", "PNG", "PNG/RGBA"), ("LA", "PNG", "PNG/LA"), ("1", "PNG", "PNG/1"), ("RGB", "WEBP", "WEBP/RGB"),
-    ("P", "GIF", "GIF/P"), ("RGB", "BMP", "BMP/RGB"), ("RGB", "PPM", "PPM/RGB"), ("CMYK", "TIFF", "TIFF/CMYK"),
-])
+@pytest.mark.parametrize(
+    ("mode", "kind", "source_format"),
+    [
+        ("RGB", "JPEG", "JPEG/RGB"),
+        ("L", "JPEG", "JPEG/L"),
+        ("CMYK", "JPEG", "JPEG/CMYK"),
+        ("P", "PNG", "PNG/P"),
+        ("RGBA", "PNG", "PNG/RGBA"),
+        ("LA", "PNG", "PNG/LA"),
+        ("1", "PNG", "PNG/1"),
+        ("RGB", "WEBP", "WEBP/RGB"),
+        ("P", "GIF", "GIF/P"),
+        ("RGB", "BMP", "BMP/RGB"),
+        ("RGB", "PPM", "PPM/RGB"),
+        ("CMYK", "TIFF", "TIFF/CMYK"),
+    ],
+)
 def test_every_kind_of_image_is_stored_with_the_pixels_that_torchvision_would_show(
     photo: Image.Image, mode: str, kind: str, source_format: str
 ) -> None:
@@ -80,11 +92,13 @@ def test_the_longest_side_is_bounded_and_a_thin_image_keeps_a_pixel() -> None:
     assert shrink(np.zeros((50, 100, 3), np.uint8), 100).shape == (50, 100, 3)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True},
-                                     {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 2}]
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_fidelity_profile_keeps_the_bytes_of_sound_jpegs(photo: Image.Image, mode: str,
-                                                            options: dict[str, object]) -> None:
+def test_the_fidelity_profile_keeps_the_bytes_of_sound_jpegs(
+    photo: Image.Image, mode: str, options: dict[str, object]
+) -> None:
     data = encoded(photo.convert(mode), "JPEG", **options)
     stored = store(data, COPY)
     assert (stored.data, stored.is_copy) == (data, True)
@@ -119,8 +133,17 @@ def test_a_decompression_bomb_is_refused_unread(photo: Image.Image) -> None:
         store(bomb, Encoding())
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\xff\xd8", b"\xff\xd8\xff\xe0",
-                                  b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"<html>not found</html>",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xe0",
+        b"\x89PNG\r\n\x1a\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ],
+)
 def test_what_is_no_image_is_refused_with_a_reason(data: bytes) -> None:
     with pytest.raises(BadImageError, match=r"\w"):
         store(data, Encoding())
@@ -145,10 +168,21 @@ def test_settings_out_of_range_are_refused(setting: dict[str, int]) -> None:
 def damaged_jpegs(count: int) -> dict[str, bytes]:
     """JPEGs of five kinds, each cut, with bits turned, with garbage put in, or with a part taken out."""
     rng = np.random.default_rng(5)
-    kinds: list[dict[str, object]] = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1},
-                                      {"exif": b"Exif\0\0" + bytes(40)}]
-    sources = [encoded(Image.open(io.BytesIO(draw_jpeg(PLAN, Picture("val", label % len(CLASSES), label)))), "JPEG",
-                       **kinds[label % 5]) for label in range(20)]
+    kinds: list[dict[str, object]] = [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"restart_marker_blocks": 1},
+        {"exif": b"Exif\0\0" + bytes(40)},
+    ]
+    sources = [
+        encoded(
+            Image.open(io.BytesIO(draw_jpeg(PLAN, Picture("val", label % len(CLASSES), label)))),
+            "JPEG",
+            **kinds[label % 5],
+        )
+        for label in range(20)
+    ]
     return {f"{number:04d}.jpg": _damaged(sources[number % 20], rng, number // 20 % 4) for number in range(count)}
 
 

@@ -14,8 +14,9 @@ ODD = Path(__file__).parents[2].parent / "shared" / "data" / "odd_images"
 @pytest.mark.shared
 @pytest.mark.skipif(not ODD.is_dir(), reason="needs ../shared/data/odd_images beside the checkout")
 @pytest.mark.parametrize("profile", [("--max-size", 500), ("--copy-jpeg",)])
-def test_every_odd_file_is_converted_or_named(tmp_path: Path, run: Callable[..., tuple[int, str, str]],
-                                              profile: tuple[object, ...]) -> None:
+def test_every_odd_file_is_converted_or_named(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], profile: tuple[object, ...]
+) -> None:
     with (ODD / "manifest.tsv").open() as file:
         decodes = {row["file"]: row["pil_decode"] == "ok" for row in csv.DictReader(file, delimiter="\t")}
     out = tmp_path / "odd.beton"

@@ -24,8 +24,13 @@ def names_and_labels(root: Path, **options: object) -> list[tuple[str, int]]:
 
 def test_class_folders_are_sorted_and_names_inside_them(tmp_path: Path) -> None:
     make(tmp_path, "b/2.jpg", "b/10.jpg", "B/1.PNG", "a/x.jpeg", "a-b/y.jpg")
-    assert names_and_labels(tmp_path) == [("B/1.PNG", 0), ("a/x.jpeg", 1), ("a-b/y.jpg", 2), ("b/10.jpg", 3),
-                                          ("b/2.jpg", 3)]
+    assert names_and_labels(tmp_path) == [
+        ("B/1.PNG", 0),
+        ("a/x.jpeg", 1),
+        ("a-b/y.jpg", 2),
+        ("b/10.jpg", 3),
+        ("b/2.jpg", 3),
+    ]
     assert list_source(tmp_path).classes == ("B", "a", "a-b", "b")
 
 
@@ -118,8 +123,13 @@ def test_names_are_read_without_empty_lines(tmp_path: Path) -> None:
         read_names(tmp_path / "none")
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\\tnr\t\n\r"), max_size=12),
-                min_size=2, max_size=2))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\\tnr\t\n\r"), max_size=12),
+        min_size=2,
+        max_size=2,
+    )
+)
 def test_any_name_survives_a_table(tmp_path_factory: pytest.TempPathFactory, values: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "table.tsv"
     path.write_text(row_text(("one", "two")) + row_text(values), encoding="utf-8", newline="\n")

@@ -28,7 +28,8 @@ def write(path: Path, columns: dict[str, Any], features: dict[str, Any] | None =
 def samples(images: Path) -> tuple[list[dict[str, Any]], list[int]]:
     items = list_source(images).items
     return [{"bytes": (images / item.name).read_bytes(), "path": item.name} for item in items], [
-        item.label for item in items]
+        item.label for item in items
+    ]
 
 
 def test_a_data_set_of_the_hub_gives_the_same_file_as_its_folder(
@@ -36,8 +37,11 @@ def test_a_data_set_of_the_hub_gives_the_same_file_as_its_folder(
 ) -> None:
     images, labels = samples
     for number, part in enumerate((slice(0, 11), slice(11, None))):
-        write(tmp_path / "hub" / "data" / f"train-0000{number}-of-00002.parquet",
-              {"label": labels[part], "image": images[part]}, FEATURES)
+        write(
+            tmp_path / "hub" / "data" / f"train-0000{number}-of-00002.parquet",
+            {"label": labels[part], "image": images[part]},
+            FEATURES,
+        )
     write(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", {"label": [-1], "image": images[:1]}, FEATURES)
     with pytest.raises(SourceError, match="several splits; choose one with --split: test, train"):
         list_source(tmp_path / "hub")
@@ -60,12 +64,15 @@ def test_a_single_table_with_plain_bytes_and_numbers_is_read(
     assert [listing.reader.read(item) for item in listing.items] == [image["bytes"] for image in images]
 
 
-@pytest.mark.parametrize(("columns", "message"), [
-    ({"text": ["a"], "label": [1]}, "one column of images .* was wanted, found nothing; its columns: text, label"),
-    ({"a": [b"1"], "b": [b"1"]}, "one column of images .* found a, b"),
-    ({"image": [b"1"], "label": ["cat"]}, "must hold class numbers, found 'cat'"),
-    ({"image": [b"1", b"2"], "label": [1, None]}, "1 of 2 rows have no label"),
-])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a"], "label": [1]}, "one column of images .* was wanted, found nothing; its columns: text, label"),
+        ({"a": [b"1"], "b": [b"1"]}, "one column of images .* found a, b"),
+        ({"image": [b"1"], "label": ["cat"]}, "must hold class numbers, found 'cat'"),
+        ({"image": [b"1", b"2"], "label": [1, None]}, "1 of 2 rows have no label"),
+    ],
+)
 def test_tables_that_make_no_sense_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     write(tmp_path / "x.parquet", columns)
     with pytest.raises(SourceError, match=message):

@@ -76,8 +76,9 @@ def test_a_size_that_the_table_has_wrong_is_found(copied: Path, run: Run) -> Non
 
 
 @pytest.mark.parametrize("kind", ["jpg", "raw"])
-def test_files_of_ffcvs_own_writer_pass_and_are_described(written_by_ffcv: dict[str, Path], run: Run,
-                                                          kind: str) -> None:
+def test_files_of_ffcvs_own_writer_pass_and_are_described(
+    written_by_ffcv: dict[str, Path], run: Run, kind: str
+) -> None:
     path = written_by_ffcv[kind]
     before = file_sha256(path)
     code, out, _ = run("verify", path, "--workers", 1)
