@@ -169,16 +169,14 @@ def announce(recipe: Recipe, run: Assembly, step: int) -> None:
     """Say at the start what runs on what."""
     if not distributed.is_main():
         return
-    backbone = sum(parameter.numel() for parameter in run.method.student.backbone.parameters())
-    trained = sum(parameter.numel() for parameter in run.method.parameters() if parameter.requires_grad)
-    views, schedules = recipe.views, run.schedules
-    log.info(
-        "%s, %s: %.2f M parameters in the backbone, %.2f M trained; %d x %d + %d x %d views",
-        recipe.method.name, recipe.backbone.name, backbone / 1e6, trained / 1e6,
-        views.global_views.count, views.global_views.size, views.local_views.count, views.local_views.size,
-    )  # fmt: skip
-    log.info(
-        "%d images, %d epochs of %d steps, global batch %d on %d ranks; %s",
-        run.loader.num_samples, recipe.optim.epochs, schedules.steps_per_epoch, recipe.optim.global_batch,
-        distributed.world(), f"continuing after step {step}" if step else f"a new run in {recipe.run.dir}",
-    )  # fmt: skip
+    backbone = sum(parameter.numel() for parameter in run.method.student.backbone.parameters()) / 1e6
+    trained = sum(parameter.numel() for parameter in run.method.parameters() if parameter.requires_grad) / 1e6
+    groups = (recipe.views.global_views, recipe.views.local_views)
+    views = " + ".join(f"{group.count} x {group.size} px" for group in groups if group.count)
+    names = f"{recipe.method.name}, {recipe.backbone.name}"
+    log.info("%s: %.2f M parameters in the backbone, %.2f M trained; views %s", names, backbone, trained, views)
+    amount = f"{run.loader.num_samples} images, {recipe.optim.epochs} epochs of {run.schedules.steps_per_epoch} steps"
+    share = f"global batch {recipe.optim.global_batch} on {distributed.world()} ranks"
+    log.info("%s, %s; %s", amount, share, f"continuing after step {step}" if step else f"a new run in {recipe.run.dir}")
+    if recipe.data.val is None:
+        log.info("no data.val, so no k-NN during training")
