@@ -66,7 +66,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dali-python", type=Path, help="an interpreter that has nvidia-dali")
     parser.add_argument("--prototype", type=Path, help="a folder with mc.c")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name contains one of these")
     return parser.parse_args(argv)
 
 
@@ -108,7 +108,7 @@ def all_cases(beton: Path, args: argparse.Namespace, folder: Path) -> dict[str, 
         make = partial(peers.prototype, args.prototype, images, sizes, VIEWS, folder)
         epochs["prototype alone, faithful"] = partial(make, fast=False)
         epochs["prototype alone, fast"] = partial(make, fast=True)
-    timers = {name: timed(make()) for name, make in epochs.items() if args.only in name}
+    timers = {name: timed(make()) for name, make in epochs.items() if any(part in name for part in args.only)}
     if args.dali_python:
         (folder / "jpegs").mkdir()
         for i, data in enumerate(images):

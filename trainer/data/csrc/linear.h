@@ -115,14 +115,15 @@ static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
 static void colour_linear(Canvas *canvas, const Params *p, int16_t *planes)
 {
     float mean[3];
-    channel_means(canvas, mean);
+    channel_means(canvas, (int32_t *)planes, mean);
     Matrix matrix = colour_matrix(p, mean);
     apply_matrix(canvas, &matrix, row_at(planes, canvas->padded));
 }
 
 static enum Status change_colour(Canvas *canvas, const Params *p, enum Colour colour, Buffer *buffer)
 {
-    int16_t *planes = reserve(buffer, (size_t)canvas->stride * canvas->size * sizeof *planes);
+    size_t rows = (size_t)canvas->size + 1; /* two at least, for the 32-bit sums of the columns */
+    int16_t *planes = reserve(buffer, (size_t)canvas->stride * rows * sizeof *planes);
     if (!planes)
         return STATUS_MEMORY;
     if (colour == COLOUR_EXACT)

@@ -169,12 +169,22 @@ INLINE void transpose_tile(const int16_t *from, ptrdiff_t from_stride, int16_t *
         memcpy(to + i * to_stride, a + i, sizeof *a);
 }
 
-static CLONES void transpose(const int16_t *from, ptrdiff_t from_stride, int rows, int columns, int16_t *to,
-                      ptrdiff_t to_stride)
+/* STRIP rows as blend_bytes leaves them to columns of STRIP values, even and odd ones in turn again. */
+static CLONES void rows_to_columns(const int16_t *rows, int length, int16_t *columns)
 {
-    for (int column = 0; column < columns; column += 8)
-        for (int row = 0; row < rows; row += 8)
-            transpose_tile(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+    int half = length / 2;
+    for (int i = 0; i < half; i += 8)
+        for (int odd = 0; odd < 2; odd++)
+            for (int row = 0; row < STRIP; row += 8)
+                transpose_tile(rows + (ptrdiff_t)row * length + odd * half + i, length,
+                               columns + (2 * i + odd) * STRIP + row, 2 * STRIP);
+}
+
+static CLONES void columns_to_rows(const int16_t *columns, ptrdiff_t length, int16_t *rows)
+{
+    for (ptrdiff_t i = 0; i < length; i += 8)
+        for (int row = 0; row < STRIP; row += 8)
+            transpose_tile(columns + i * STRIP + row, STRIP, rows + row * length + i, length);
 }
 
 /* Output rows [first, first + STRIP), fewer at the bottom edge, each of `columns` values, even bytes before odd ones. */
@@ -200,12 +210,10 @@ static void resize_strip(const uint8_t *origin, ptrdiff_t source_stride, int col
                          int first, ResizeScratch *scratch, Canvas *canvas)
 {
     int16_t *blended = scratch->blended.data, *turned = scratch->turned.data, *resized = scratch->resized.data;
-    int half = columns / 2;
     blend_rows(origin, source_stride, columns, y, first, canvas->size, blended);
-    transpose(blended, columns, STRIP, half, turned, 2 * STRIP);
-    transpose(blended + half, columns, STRIP, half, turned + STRIP, 2 * STRIP);
+    rows_to_columns(blended, columns, turned);
     blend_columns(turned, x, canvas->size, resized);
-    transpose(resized, STRIP, (int)canvas->stride, STRIP, canvas->pixels + first * canvas->stride, canvas->stride);
+    columns_to_rows(resized, canvas->stride, canvas->pixels + first * canvas->stride);
 }
 
 /* Fills the canvas from the box of the image. The canvas must have room for whole strips. */
