@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
 from trainer.engine import autocast, load_ds_config
 from trainer.evals.knn import evaluate_branches
-from trainer.metrics import Averages, MetricLog
+from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.optim import set_progress
 from trainer.recipe import Recipe
 from trainer.schedules import Progress
@@ -129,40 +128,6 @@ def stop_if_not_finite(record: dict[str, Any]) -> None:
             f"{', '.join(broken)} not finite at or before step {record['step']}; the last checkpoint is sound. Lower "
             "optim.base_lr, lengthen optim.warmup_epochs, or look for damaged images with data_prep verify"
         )
-
-
-class StepClock:
-    """Seconds a step takes, and seconds of them that waited for data; host time, so no wait for the device."""
-
-    def __init__(self, global_batch: int) -> None:
-        self._global_batch = global_batch
-        self._steps = 0
-        self._total_s = self._data_s = 0.0
-        self._last = time.monotonic()
-
-    def resume(self) -> None:
-        """Start counting from here: what lies before was no training."""
-        self._last = time.monotonic()
-
-    def waits_for(self, load: Any, *args: Any) -> Any:
-        """Call a function whose time counts as waiting for data."""
-        start = time.monotonic()
-        result = load(*args)
-        self._data_s += time.monotonic() - start
-        return result
-
-    def tick(self) -> None:
-        """A step ends here."""
-        now = time.monotonic()
-        self._total_s += now - self._last
-        self._last = now
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Means since the last reading."""
-        step_s, data_s = self._total_s / self._steps, self._data_s / self._steps
-        self._steps, self._total_s, self._data_s = 0, 0.0, 0.0
-        return {"step_time_s": step_s, "data_time_s": data_s, "images_per_s": self._global_batch / step_s}
 
 
 def announce(recipe: Recipe, run: Assembly, step: int) -> None:

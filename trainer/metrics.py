@@ -43,6 +43,40 @@ class Averages:
         return dict(zip(names, values, strict=True))
 
 
+class StepClock:
+    """Seconds a step takes, and seconds of them that waited for data; host time, so no wait for the device."""
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
+        self._steps = 0
+        self._total_s = self._data_s = 0.0
+        self._last = time.monotonic()
+
+    def resume(self) -> None:
+        """Start counting from here: what lies before was no training."""
+        self._last = time.monotonic()
+
+    def waits_for(self, load: Any, *args: Any) -> Any:
+        """Call a function whose time counts as waiting for data."""
+        start = time.monotonic()
+        result = load(*args)
+        self._data_s += time.monotonic() - start
+        return result
+
+    def tick(self) -> None:
+        """A step ends here."""
+        now = time.monotonic()
+        self._total_s += now - self._last
+        self._last = now
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading."""
+        step_s, data_s = self._total_s / self._steps, self._data_s / self._steps
+        self._steps, self._total_s, self._data_s = 0, 0.0, 0.0
+        return {"step_time_s": step_s, "data_time_s": data_s, "images_per_s": self._global_batch / step_s}
+
+
 class MetricLog:
     """Writes records to metrics.jsonl and TensorBoard, and shows how far a run is; does nothing on other ranks."""
 
