@@ -11,7 +11,10 @@ setup(
         Extension(
             "trainer.data._views",
             sources=["trainer/data/csrc/views.c"],
-            depends=[f"trainer/data/csrc/{name}.h" for name in ("views", "params", "decode", "resize", "rows", "colour", "linear", "blur")],
+            depends=[
+                f"trainer/data/csrc/{name}.h"
+                for name in ("views", "params", "decode", "resize", "rows", "colour", "linear", "blur")
+            ],
             libraries=["jpeg", "m"],
             extra_compile_args=["-O3", "-std=gnu11", "-Wall", "-Wextra", "-pthread", *FLAGS],
         )
