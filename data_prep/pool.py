@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 Task = TypeVar("Task")
@@ -45,8 +45,8 @@ def ordered_map(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    # The arguments may be large, and the executor pickles them once a worker; that is the price of no fork.
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (start, start_args))
+    lifeline, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (lifeline, start, start_args))
     waiting: deque[Future[Result]] = deque()
     try:
         remaining = iter(tasks)
@@ -57,8 +57,13 @@ def ordered_map(
             yield result
     except BrokenProcessPool as error:
         raise WorkerDiedError("a worker process was killed, perhaps for want of memory; try fewer --workers") from error
+    except BaseException:
+        held.close()  # nobody wants the rest: the workers end now, not after the images they have in hand
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        held.close()
+        lifeline.close()
 
 
 def split_evenly(items: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
@@ -66,15 +71,13 @@ def split_evenly(items: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _start_worker(start: Callable[..., None], start_args: tuple[Any, ...]) -> None:
+def _start_worker(lifeline: Connection, start: Callable[..., None], start_args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a Ctrl-C ends the work
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     start(*start_args)
 
 
-def _end_with_parent() -> None:
-    """A worker holds both ends of the task queue, so it would wait for ever after its parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _end_with_parent(lifeline: Connection) -> None:
+    """End when the parent lets go, be it by its own death: the task queue alone would keep a worker waiting."""
+    wait([lifeline])
+    os._exit(1)

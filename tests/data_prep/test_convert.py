@@ -123,6 +123,25 @@ if __name__ == "__main__":
 """
 
 
+class SlowReader:
+    """Takes a minute an image."""
+
+    def read(self, item: Item) -> bytes:
+        time.sleep(60)
+        return b""
+
+
+def test_a_stopped_conversion_does_not_wait_for_the_images_in_hand(images: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    stopper = threading.Thread(target=_stop_once_begun, args=(tmp_path / "x.beton", signal.SIGINT))
+    stopper.start()
+    with pytest.raises(KeyboardInterrupt):
+        convert(replace(list_source(images), reader=SlowReader()), tmp_path / "x.beton", encoding=SMALL, workers=2)
+    stopper.join()
+    assert time.monotonic() - started < 20
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(WORKERS_THAT_WAIT)
