@@ -62,7 +62,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="a folder of images, one folder a class")
     parser.add_argument("--copy-jpeg", action="store_true", help="the JPEGs as they are, not capped at 500 pixels")
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=4, help="times that a loader goes over the images in a round")
+    parser.add_argument("--repeats", type=int, default=8, help="times that a loader goes over the images in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dali-python", type=Path, help="an interpreter that has nvidia-dali")
     parser.add_argument("--prototype", type=Path, help="a folder with mc.c")

@@ -49,7 +49,7 @@ INLINE void sum_rows(const int16_t *const *rows, const int16_t *weight, int taps
     }
 }
 
-/* The whole kernel: one tap first, then pairs in unrolled groups (a radius of 6, sigma 2, is the common largest). */
+/* The whole kernel, unrolled up to a radius of 6 (sigma 2, the largest that is published), then tap by tap. */
 INLINE void weigh_rows(const int16_t *const *rows, const int16_t *weight, int radius, int length, int16_t *out)
 {
     switch (radius) {

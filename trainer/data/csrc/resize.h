@@ -103,6 +103,7 @@ static void flip_axis(Axis *axis, int size)
 }
 
 typedef uint16_t __attribute__((aligned(1), may_alias)) BytePair;
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blend_bytes takes the low byte of a pair for the first");
 
 /* out[i] (+)= sum over taps of weight * row[i], the even bytes into the first half of `out` and the odd ones into the
  * second: a pair of bytes taken as 16 bits parts by a shift and a mask, which is cheaper than widening every byte. Each
@@ -135,7 +136,7 @@ INLINE void blend_shorts(const int16_t *row, ptrdiff_t stride, int length, const
     }
 }
 
-/* Any number of taps, as unrolled groups of up to MAX_UNROLL. */
+/* Any number of taps: up to MAX_UNROLL unrolled, which a resize to half the size needs at most, then one by one. */
 #define CASE(blend, n) case n: blend(row, stride, length, weight, n, 0, out); break;
 #define BLEND(blend, row_, stride_, length_, weight_, taps_, out_)                                               \
     do {                                                                                                         \
