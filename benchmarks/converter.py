@@ -111,8 +111,9 @@ def all_cases(listing: Listing, args: argparse.Namespace) -> dict[str, Case]:
     return {
         FFCV: with_ffcv,
         OURS: lambda out: convert(listing, out, encoding=speed, workers=args.workers),
-        "data_prep, fidelity profile (ffcv has none)": lambda out: convert(listing, out, encoding=fidelity,
-                                                                          workers=args.workers),
+        "data_prep, fidelity profile (ffcv has none)": lambda out: convert(
+            listing, out, encoding=fidelity, workers=args.workers
+        ),
     }
 
 
@@ -138,9 +139,16 @@ def report(seconds: dict[str, list[float]], count: int, args: argparse.Namespace
     for name, taken in seconds.items():
         rates = sorted(count / value for value in taken)
         ratios = [theirs / ours for theirs, ours in zip(seconds[FFCV], taken, strict=True)]
-        line: Line = {"case": name, "workers": args.workers, "images": count, "rounds": args.rounds,
-                "images_per_s": round(statistics.median(rates), 1), "lowest": round(rates[0], 1),
-                "highest": round(rates[-1], 1), "ratio_to_ffcv": round(statistics.median(ratios), 2)}
+        line: Line = {
+            "case": name,
+            "workers": args.workers,
+            "images": count,
+            "rounds": args.rounds,
+            "images_per_s": round(statistics.median(rates), 1),
+            "lowest": round(rates[0], 1),
+            "highest": round(rates[-1], 1),
+            "ratio_to_ffcv": round(statistics.median(ratios), 2),
+        }
         lines.append({**line, "same_bytes": same} if name == OURS else line)
     return lines
 

@@ -25,17 +25,33 @@ def graph(files, kind):
     outputs = []
     for i in range(8):
         size, area = (224, (0.3, 1.0)) if i < 2 else (128, (0.05, 0.3))
-        view = fn.random_resized_crop(image, size=size, random_area=area, random_aspect_ratio=(3 / 4, 4 / 3),
-                                      interp_type=KINDS[kind], antialias=True)
+        view = fn.random_resized_crop(
+            image,
+            size=size,
+            random_area=area,
+            random_aspect_ratio=(3 / 4, 4 / 3),
+            interp_type=KINDS[kind],
+            antialias=True,
+        )
         apply = fn.cast(fn.random.coin_flip(probability=0.8), dtype=types.FLOAT)
-        view = fn.color_twist(view, brightness=1 + apply * fn.random.uniform(range=(-0.4, 0.4)),
-                              contrast=1 + apply * fn.random.uniform(range=(-0.4, 0.4)),
-                              saturation=1 + apply * fn.random.uniform(range=(-0.2, 0.2)),
-                              hue=apply * fn.random.uniform(range=(-36, 36)))
+        view = fn.color_twist(
+            view,
+            brightness=1 + apply * fn.random.uniform(range=(-0.4, 0.4)),
+            contrast=1 + apply * fn.random.uniform(range=(-0.4, 0.4)),
+            saturation=1 + apply * fn.random.uniform(range=(-0.2, 0.2)),
+            hue=apply * fn.random.uniform(range=(-36, 36)),
+        )
         if i == 0:
             view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=(0.1, 2.0)))
-        outputs.append(fn.crop_mirror_normalize(view, mirror=fn.random.coin_flip(), dtype=types.FLOAT,
-                                                mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]))
+        outputs.append(
+            fn.crop_mirror_normalize(
+                view,
+                mirror=fn.random.coin_flip(),
+                dtype=types.FLOAT,
+                mean=[123.675, 116.28, 103.53],
+                std=[58.395, 57.12, 57.375],
+            )
+        )
     return tuple(outputs)
 
 

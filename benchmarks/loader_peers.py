@@ -73,6 +73,7 @@ def pil(images: Sequence[bytes], views: Sequence[View]) -> Epoch:
 
 def torchvision_uint8(images: Sequence[bytes], views: Sequence[View]) -> Epoch:
     """torchvision v2 on byte tensors, decoded once by its own decoder; ends in normalised floats."""
+
     def compose(view: View) -> v2.Compose:
         jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
         blur = v2.GaussianBlur(2 * round(3 * view.blur_sigma[1]) + 1, view.blur_sigma)
@@ -113,8 +114,15 @@ def stock_ffcv(beton: Path, views: Sequence[View], batch_size: int, repeats: int
     pipelines: dict[str, Any] = {"image": None, "label": None}
     pipelines |= {f"view{i}": crop(view) for i, view in enumerate(views)}
     total = Loader(str(beton), batch_size, num_workers=1, pipelines={"image": None, "label": None}).reader.num_samples
-    loader = Loader(str(beton), batch_size, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines,
-                    indices=np.tile(np.arange(total, dtype=np.uint64), repeats), drop_last=False)
+    loader = Loader(
+        str(beton),
+        batch_size,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines=pipelines,
+        indices=np.tile(np.arange(total, dtype=np.uint64), repeats),
+        drop_last=False,
+    )
 
     def epoch() -> int:
         return sum(len(batch[0]) for batch in loader)
@@ -122,22 +130,48 @@ def stock_ffcv(beton: Path, views: Sequence[View], batch_size: int, repeats: int
     return epoch
 
 
-def prototype(folder: Path, images: Sequence[bytes], sizes: Sequence[tuple[int, int]], views: Sequence[View],
-              build: Path, *, fast: bool) -> Epoch:
+def prototype(
+    folder: Path,
+    images: Sequence[bytes],
+    sizes: Sequence[tuple[int, int]],
+    views: Sequence[View],
+    build: Path,
+    *,
+    fast: bool,
+) -> Epoch:
     """`folder` holds mc.c, an earlier dense proof of speed for AVX2 only: planar bytes, no status, no promises."""
     library = build / "libmc.so"
     command = ["gcc", "-O3", "-march=x86-64-v3", "-ffast-math", "-shared", "-fPIC", str(folder / "mc.c")]
     subprocess.run([*command, "-o", str(library), "-ljpeg", "-lm"], check=True)
     make = ctypes.CDLL(str(library)).mc_auto
-    make.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64,
-                     ctypes.c_void_p]
+    make.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     settings = np.zeros(5 * 8 + 32 * 64, np.uint8)
     settings[:40].view(np.int64)[:] = [0, 0, len(views), 0 if fast else 1, 4 if fast else 4 | 8]
     rows = settings[40:].view(np.float32).reshape(32, 16)
     for row, view in zip(rows, views, strict=False):
-        row[:] = [view.size, *view.scale, view.flip_prob, view.jitter_prob, view.brightness, view.contrast,
-                  view.saturation, view.hue, view.gray_prob, view.blur_prob, *view.blur_sigma, view.solarize_prob,
-                  *view.ratio]
+        row[:] = [
+            view.size,
+            *view.scale,
+            view.flip_prob,
+            view.jitter_prob,
+            view.brightness,
+            view.contrast,
+            view.saturation,
+            view.hue,
+            view.gray_prob,
+            view.blur_prob,
+            *view.blur_sigma,
+            view.solarize_prob,
+            *view.ratio,
+        ]
     buffers = [np.frombuffer(data, np.uint8) for data in images]
     out = np.empty(sum(3 * view.size**2 for view in views), np.uint8)
 

@@ -21,8 +21,13 @@ OPS = {
 }
 
 
-def jitter(pixels: NDArray[np.uint8], factors: dict[int, float], order: tuple[int, ...] = (0, 1, 2, 3),
-           colour: Colour = "exact", gray: bool = False) -> NDArray[np.uint8]:
+def jitter(
+    pixels: NDArray[np.uint8],
+    factors: dict[int, float],
+    order: tuple[int, ...] = (0, 1, 2, 3),
+    colour: Colour = "exact",
+    gray: bool = False,
+) -> NDArray[np.uint8]:
     params = plain_params(SIZE, SIZE)
     params["jitter"], params["gray"], params["order"] = 1, gray, order
     for op, factor in factors.items():

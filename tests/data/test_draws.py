@@ -88,9 +88,7 @@ def test_crops_that_may_be_rejected_follow_torchvisions_law(width: int, height: 
 @pytest.mark.parametrize(("width", "height"), [(1000, 50), (40, 900), (1, 1), (1, 500)])
 def test_an_image_too_narrow_for_any_crop_gets_torchvisions_centre_crop(width: int, height: int) -> None:
     box = drawn(View(size=32, scale=(0.99, 1.0)), width, height)["box"][0]
-    top, left, crop_h, crop_w = RandomResizedCrop.get_params(
-        torch.empty(3, height, width), [0.99, 1.0], [3 / 4, 4 / 3]
-    )
+    top, left, crop_h, crop_w = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.99, 1.0], [3 / 4, 4 / 3])
     assert box.tolist() == [left, top, left + crop_w, top + crop_h]
 
 

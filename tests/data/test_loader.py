@@ -177,6 +177,7 @@ def test_memory_does_not_grow_over_epochs(beton: Path) -> None:
 
 def test_an_error_in_the_training_loop_ends_the_thread(beton: Path) -> None:
     with opened(beton) as loader:
+
         def train() -> None:
             for _ in loader.epoch(0):
                 raise KeyError("training")

@@ -84,10 +84,13 @@ class ViewLoader:
         if not views:
             raise DataError("a loader needs at least one view, got none; add one to the recipe")
         if self.num_samples == 0 or (drop_last and self.num_batches == 0):
-            raise DataError(f"{self.beton}: {self.num_samples} samples make no full batch of {batch_size * world} "
-                            "(batch_size x world); use a smaller batch, or drop_last=False")
-        self._kernel = Kernel(views, seed=seed, num_threads=num_workers, resize=resize, colour=colour,
-                              geometry_only=self._device_params)
+            raise DataError(
+                f"{self.beton}: {self.num_samples} samples make no full batch of {batch_size * world} "
+                "(batch_size x world); use a smaller batch, or drop_last=False"
+            )
+        self._kernel = Kernel(
+            views, seed=seed, num_threads=num_workers, resize=resize, colour=colour, geometry_only=self._device_params
+        )
         with _torch_threads_kept():
             from trainer.data import multicrop
 
@@ -151,8 +154,10 @@ class ViewLoader:
         for slot in bad:
             self._report(*jobs[slot, [JOB.index("sample_id"), JOB.index("status")]].tolist())
         if not len(good):
-            raise DataError(f"{self.beton}: not one of the {len(jobs)} images of a batch can be decoded; "
-                            "run `python -m data_prep verify` on it")
+            raise DataError(
+                f"{self.beton}: not one of the {len(jobs)} images of a batch can be decoded; "
+                "run `python -m data_prep verify` on it"
+            )
         donors = good[np.searchsorted(good, bad) % len(good)]
         for run in runs:
             run[:, bad] = run[:, donors]
@@ -200,6 +205,8 @@ def _checked_subset(beton: Path, subset: Sequence[int] | None, total: int) -> ND
     ids = np.asarray(subset, dtype=np.int64)
     wrong = ids[(ids < 0) | (ids >= total)]
     if len(wrong):
-        raise DataError(f"{beton}: the subset asks for sample {wrong[0]}, samples are 0 to {total - 1}; "
-                        "make the subset from this file's sample list")
+        raise DataError(
+            f"{beton}: the subset asks for sample {wrong[0]}, samples are 0 to {total - 1}; "
+            "make the subset from this file's sample list"
+        )
     return ids

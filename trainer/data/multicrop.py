@@ -82,8 +82,16 @@ def open_loader(beton: Path, kernel: Kernel, batch_size: int) -> Loader:
     pipelines: dict[str, Any] = dict.fromkeys(Reader(str(beton)).handlers)
     pipelines["image"] = [MultiCrop(kernel)]
     with patch("ffcv.loader.loader.OSCacheManager", SampleTable):
-        return Loader(str(beton), batch_size, num_workers=1, os_cache=True, drop_last=False, seed=0,
-                      batches_ahead=BATCHES_AHEAD, pipelines=pipelines)
+        return Loader(
+            str(beton),
+            batch_size,
+            num_workers=1,
+            os_cache=True,
+            drop_last=False,
+            seed=0,
+            batches_ahead=BATCHES_AHEAD,
+            pipelines=pipelines,
+        )
 
 
 class EpochThread(EpochIterator):  # type: ignore[misc]
