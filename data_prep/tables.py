@@ -121,7 +121,7 @@ def _open(path: Path) -> Any:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise SourceError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
+        raise SourceError(f"{path}: reading parquet needs pyarrow; pip install 'featherweight[parquet]'") from error
     try:
         return parquet.ParquetFile(path)
     except importlib.import_module("pyarrow").ArrowException as error:
