@@ -87,8 +87,10 @@ check: setup ## lint, format, types, import contracts
 	mypy
 	lint-imports
 
-bench: setup ## every benchmark; each prints one JSON line a case
-	@for file in benchmarks/*.py; do echo "== $$file"; python "$$file"; done
+bench: setup ## the benchmarks on DATA=folder of JPEGs (or generated ones); each prints one JSON line a case
+	$(if $(DATA),,python -m data_prep synth $(IMAGES))
+	python -m benchmarks.loader $(IMAGES)
+	python -m benchmarks.converter $(IMAGES)
 
 clean: ## remove caches and build leftovers; the environment, demo/ and runs/ stay
 	rm -rf build *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
