@@ -80,9 +80,10 @@ def test_accumulating_two_half_batches_is_training_on_the_whole(runs: dict[str, 
 
 
 def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -> None:
-    ours, theirs = runs["dino-bf16"], runs["dino-zero0"]
+    ours, theirs = list(runs["dino-bf16"].values()), list(runs["dino-zero0"].values())
     assert ours != theirs, "autocast must have had an effect"
-    assert list(ours.values())[:4] == pytest.approx(list(theirs.values())[:4], rel=0.02), "before rounding has grown"
+    assert ours[0] == pytest.approx(theirs[0], rel=0.01), "the same weights and views, before any step"
+    assert sum(ours) == pytest.approx(sum(theirs), rel=0.05), "afterwards rounding grows, without a drift"
 
 
 @pytest.mark.parametrize("case", ["dino-zero1", "dino-lars"])
