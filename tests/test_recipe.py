@@ -87,7 +87,7 @@ def test_the_sslight_recipe_has_the_published_optimisation() -> None:
         ("views.global_views.blur_prob=[1, 0, 0]", "views.global_views.blur_prob must be one number, or one for each"),
         ("views.local_views.gray_prob=1.2", "gray_prob must lie in [0, 1], got 1.2"),
         ("method.local_weight=0.6", "local_weight is 0.6 but there are no local views"),
-        ("views.global_views.count=1", "views.global_views.blur_prob must be one number"),
+        ("views.global_views.count=1", "MoCo needs at least 2 global views (one key, one query), got 1"),
         ("method.queue_size=1000", "queue_size 1000 must be a multiple of optim.global_batch 64; 1024 is near"),
         ("teacher={kind: none}", "MoCo needs a teacher"),
         ("data.num_workers=0", "data.num_workers must be at least 1, got 0"),
