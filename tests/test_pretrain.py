@@ -128,6 +128,7 @@ def test_evaluate_reports_the_network_beside_pixels_and_the_untrained_one(straig
     report = json.loads((straight / "evals/knn-0000012.json").read_text())
     assert list(report["results"]) == ["pixels", "untrained", "student", "teacher"]
     assert report["settings"]["k"] == 3
+    assert all(len(data["sha256"]) == 64 for data in report["data"].values())
     assert report["results"]["student"]["origin"].startswith("sha256:")
     assert all(0 <= result["top1"] <= 100 for result in report["results"].values())
     for name, result in report["results"].items():

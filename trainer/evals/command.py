@@ -1,6 +1,5 @@
 """`trainer evaluate`: one protocol on a run, a table for people, a JSON with everything that the numbers depend on."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.schema import read_manifest
 from trainer import distributed
 from trainer.evals import knn
 from trainer.evals.sources import Source, open_run
@@ -68,9 +68,9 @@ def _report(source: Source, protocol: str, step: int, results: dict[str, dict[st
 
 def _data_id(beton: Path) -> dict[str, Any]:
     """The file's path and size, and the hash that its manifest states."""
-    manifest = beton.with_name(beton.name + ".json")
-    stated = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    return {"path": str(beton), "bytes": beton.stat().st_size, "sha256": stated.get("sha256")}
+    manifest = read_manifest(beton)
+    sha256 = None if manifest is None else manifest.beton_sha256
+    return {"path": str(beton), "bytes": beton.stat().st_size, "sha256": sha256}
 
 
 def _print(protocol: str, source: Source, results: dict[str, dict[str, float]]) -> None:
