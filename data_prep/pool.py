@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -47,13 +47,19 @@ def ordered_map(
     context.set_forkserver_preload([preload])
     lifeline, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (lifeline, start, start_args))
+    submitter = ThreadPoolExecutor(1)
     waiting: deque[Future[Result]] = deque()
+
+    def submit(task: Task) -> Future[Result]:
+        """In a thread of its own: a signal's exception must not break into the start of a process."""
+        return submitter.submit(pool.submit, function, task).result()
+
     try:
         remaining = iter(tasks)
-        waiting.extend(pool.submit(function, task) for task in itertools.islice(remaining, workers * IN_FLIGHT))
+        waiting.extend(submit(task) for task in itertools.islice(remaining, workers * IN_FLIGHT))
         while waiting:
             result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, task) for task in itertools.islice(remaining, 1))
+            waiting.extend(submit(task) for task in itertools.islice(remaining, 1))
             yield result
     except BrokenProcessPool as error:
         raise WorkerDiedError("a worker process was killed, perhaps for want of memory; try fewer --workers") from error
@@ -61,6 +67,7 @@ def ordered_map(
         held.close()  # nobody wants the rest: the workers end now, not after the images they have in hand
         raise
     finally:
+        submitter.shutdown(wait=True, cancel_futures=True)
         pool.shutdown(wait=True, cancel_futures=True)
         held.close()
         lifeline.close()

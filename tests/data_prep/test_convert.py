@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import main
 from data_prep.convert import ConvertError, convert
 from data_prep.images import Encoding
 from data_prep.pool import WorkerDiedError
@@ -92,18 +91,21 @@ def test_a_signal_ends_the_conversion_and_leaves_nothing(images: Path, tmp_path:
     for copy in range(3000):
         os.link(next(images.glob("*/*.jpg")), source / f"{copy}.jpg")
     out = tmp_path / "out" / "x.beton"
-    stopper = threading.Thread(target=_stop_once_begun, args=(out, number))
-    stopper.start()
-    code = main(["convert", str(source), str(out), "--workers", "1"])
-    stopper.join()
-    assert code == 128 + number
+    command = [sys.executable, "-m", "data_prep", "convert", source, out, "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        _stop_once_begun(process.pid, out, number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error.splitlines()[-1] == "data_prep convert: stopped; nothing was written"
+    assert "Traceback" not in error
     assert list(out.parent.iterdir()) == []
 
 
-def _stop_once_begun(out: Path, number: int) -> None:
+def _stop_once_begun(pid: int, out: Path, number: int) -> None:
     for _ in range(6000):
         if list(out.parent.glob(out.name + ".tmp-*")):
-            return os.kill(os.getpid(), number)
+            return os.kill(pid, number)
         time.sleep(0.005)
 
 
@@ -133,7 +135,7 @@ class SlowReader:
 
 def test_a_stopped_conversion_does_not_wait_for_the_images_in_hand(images: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    stopper = threading.Thread(target=_stop_once_begun, args=(tmp_path / "x.beton", signal.SIGINT))
+    stopper = threading.Thread(target=_stop_once_begun, args=(os.getpid(), tmp_path / "x.beton", signal.SIGINT))
     stopper.start()
     with pytest.raises(KeyboardInterrupt):
         convert(replace(list_source(images), reader=SlowReader()), tmp_path / "x.beton", encoding=SMALL, workers=2)
