@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
+    if overrides and args.verb not in ("pretrain", "evaluate"):
+        parser.error(f"{args.verb} reads no recipe, so it takes no {overrides[0]!r}")
     _log_to_console()
     return _run(args, overrides)
 
@@ -40,6 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a run has learnt")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--protocol", required=True, choices=("knn",))
+    imports = verbs.add_parser("import-weights", help="turn a published SSLight checkpoint into weights folders")
+    imports.add_argument("source", type=Path, metavar="FILE.pth.tar")
+    imports.add_argument("folder", type=Path, help="where to: its student/ and teacher/ load in timm")
+    imports.add_argument("--backbone", help="the network's timm name; found by its tensors if it is a published one")
+    export = verbs.add_parser("export", help="write a run's weights in another form")
+    export.add_argument("source", type=Path, metavar="RUN_OR_WEIGHTS")
+    export.add_argument("file", type=Path)
+    export.add_argument("--to", required=True, choices=("sslight",), help="sslight: what the published loaders read")
     verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
 
@@ -59,6 +69,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     # These imports take seconds, and --help need not wait for them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     from data_prep.schema import BetonError
+    from trainer import published
     from trainer.checkpoint import CheckpointError
     from trainer.data.loader import DataError
     from trainer.engine import DSConfigError
@@ -72,6 +83,10 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     try:
         if args.verb == "pretrain":
             pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+        elif args.verb == "import-weights":
+            published.import_weights(args.source, args.folder, args.backbone)
+        elif args.verb == "export":
+            published.export(args.source, args.file)
         else:
             evaluate(args.run, args.protocol, overrides)
     except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError) as error:

@@ -115,7 +115,7 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is there, even in a process without a launcher
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if distributed.world() == 1 and zero_stage(config) == 0:
-        # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back: 4 % of a ViT-Ti's step.
+        # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back (LOG.md).
         engine.allreduce_no_retain = lambda *_, **__: None
     return engine
 
