@@ -82,6 +82,18 @@ def test_less_data_than_one_batch_is_refused(synthetic: Path, tmp_path: Path, sa
     assert "128" in said[0]
 
 
+def test_a_subset_trains_on_what_it_lists_and_an_unknown_name_is_refused(
+    synthetic: Path, tmp_path: Path, said: Sequence[str]
+) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(sample_names(synthetic / "train.beton")[::2]))
+    assert pretrain(synthetic, tmp_path / "run", f"data.subset={tmp_path / 'list.txt'}") == 0
+    assert len(metrics(tmp_path / "run")) == 48 // 16
+    (tmp_path / "list.txt").write_text("nobody.jpg\n")
+    assert pretrain(synthetic, tmp_path / "run2", f"data.subset={tmp_path / 'list.txt'}") == 2
+    assert "1 of 1 names are not there (nobody.jpg)" in said[0]
+    assert not (tmp_path / "run2").exists()
+
+
 def test_another_recipes_run_directory_is_refused_with_the_difference(
     synthetic: Path, tmp_path: Path, said: Sequence[str]
 ) -> None:

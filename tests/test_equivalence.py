@@ -23,6 +23,7 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "dino-zero0": ((*TINY, DINO, *LIVELY), "zero0.json"),
     "dino-zero1": ((*TINY, DINO, *LIVELY), "zero1.json"),
     "dino-bf16": ((*TINY, DINO, *LIVELY), "zero0_bf16.json"),
+    "dino-device": ((*TINY, DINO, *LIVELY, "views.photometric=device"), None),
     "dino-lars": ((*TINY, DINO, *LIVELY, "optim.name=lars"), None),
     "vit": ((*TINY_MOCO, *LIVELY, *VIT), None),
     "vit-accumulated": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), None),
@@ -84,6 +85,13 @@ def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -
     assert ours != theirs, "autocast must have had an effect"
     assert ours[0] == pytest.approx(theirs[0], rel=0.01), "the same weights and views, before any step"
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.05), "afterwards rounding grows, without a drift"
+
+
+def test_photometric_changes_on_the_device_train_nearly_the_same(runs: dict[str, dict[int, float]]) -> None:
+    ours, theirs = list(runs["dino-device"].values()), list(runs["dino-zero0"].values())
+    assert ours != theirs, "the two round differently"
+    assert ours[0] == pytest.approx(theirs[0], rel=0.01), "the same weights and draws, before any step"
+    assert sum(ours) == pytest.approx(sum(theirs), rel=0.05)
 
 
 @pytest.mark.parametrize("case", ["dino-zero1", "dino-lars"])

@@ -42,7 +42,7 @@ def test_every_recipe_is_complete_but_for_its_paths(path: Path) -> None:
     resolved = leaves(load_recipe(path, [DATA]).plain())
     given_keys = set(leaves(yaml.safe_load(path.read_text())))
     silent = {key for key in resolved if not any(k.startswith(key) or key.startswith(k) for k in given_keys)}
-    optional = {".data.train", ".data.val", ".run.dir", ".backbone.args", ".optim.sgd_momentum"}
+    optional = {".data.train", ".data.val", ".data.subset", ".run.dir", ".backbone.args", ".optim.sgd_momentum"}
     assert {key for key in silent if not key.endswith(".ratio")} <= optional
 
 
@@ -106,6 +106,24 @@ def test_all_faults_come_in_one_report_with_the_file() -> None:
     lines = fault_of("method.temprature=1", "teacher.momentum=2", "optim.epochs=0").splitlines()
     assert len(lines) == 3
     assert all(line.startswith(f"{DEMO}: ") for line in lines)
+
+
+def test_the_device_computes_no_linear_colour() -> None:
+    assert "photometric device computes colour exactly" in fault_of("views.photometric=device", "views.colour=linear")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu", "on_gpu"),
+    [
+        ([], "cpu", "device"),
+        (["views.colour=linear"], "cpu", "cpu"),
+        (["views.photometric=cpu"], "cpu", "cpu"),
+        (["views.photometric=device"], "device", "device"),
+    ],
+)
+def test_where_the_photometric_changes_happen(overrides: list[str], on_cpu: str, on_gpu: str) -> None:
+    views = load_recipe(DEMO, [DATA, *overrides]).views
+    assert [views.photometric_on("cpu"), views.photometric_on("cuda")] == [on_cpu, on_gpu]
 
 
 def test_a_missing_path_is_asked_for() -> None:

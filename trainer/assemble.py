@@ -11,6 +11,7 @@ import torch
 from data_prep.schema import open_beton
 from trainer import distributed
 from trainer.data.loader import ViewLoader
+from trainer.data.subset import read_subset
 from trainer.engine import build_engine
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
@@ -47,18 +48,20 @@ def count_steps(recipe: Recipe) -> int:
                 f"data.val is there to evaluate with, and {unlabelled[0]} has no labels; convert class folders, or "
                 "train without data.val"
             )
-    if train.num_samples < recipe.optim.global_batch:
+    subset = read_subset(recipe.data.train, recipe.data.subset)
+    num_samples = train.num_samples if subset is None else len(subset)
+    if num_samples < recipe.optim.global_batch:
         raise RecipeError(
-            f"data.train {recipe.data.train} holds {train.num_samples} images, less than one global batch of "
-            f"{recipe.optim.global_batch}; lower optim.global_batch or convert more images"
+            f"data.train {recipe.data.train} holds {num_samples} images{'' if subset is None else ' of data.subset'}, "
+            f"less than one global batch of {recipe.optim.global_batch}; lower optim.global_batch or give more images"
         )
-    return train.num_samples // recipe.optim.global_batch
+    return num_samples // recipe.optim.global_batch
 
 
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
     """Build every part, the same on every rank."""
     schedules = recipe.schedules(count_steps(recipe))
-    loader = build_loader(recipe)
+    loader = build_loader(recipe, device)
     method = build_method(recipe)
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
@@ -76,7 +79,7 @@ def build_method(recipe: Recipe) -> Method:
     return recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
 
 
-def build_loader(recipe: Recipe) -> ViewLoader:
+def build_loader(recipe: Recipe, device: torch.device) -> ViewLoader:
     """This rank's share of the training views."""
     views, data = recipe.views, recipe.data
     return ViewLoader(
@@ -87,9 +90,11 @@ def build_loader(recipe: Recipe) -> ViewLoader:
         rank=distributed.rank(),
         world=distributed.world(),
         num_workers=data.num_workers,
+        subset=read_subset(data.train, data.subset),
         on_bad_image=data.on_bad_image,
         resize=views.resize,
         colour=views.colour,
+        photometric=views.photometric_on(device.type),
     )
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ def brief(accuracies: dict[str, float]) -> str:
 def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], int]:
     """The next batch's views, normalised, one (V_i * B, 3, S_i, S_i) tensor per size; how many images were bad."""
     batch, views = next(batches), recipe.views
-    return [to_float(group, device, views.mean, views.std) for group in batch.views], batch.num_bad
+    changes = batch.params or repeat(None, len(batch.views))  # photometric ones, where the device makes them
+    floats = [
+        to_float(group, device, views.mean, views.std, params=params)
+        for group, params in zip(batch.views, changes, strict=True)
+    ]
+    return floats, batch.num_bad
 
 
 def describe(progress: Progress) -> dict[str, Any]:
@@ -142,6 +148,8 @@ def announce(recipe: Recipe, run: Assembly, step: int) -> None:
     log.info("%s: %.2f M parameters in the backbone, %.2f M trained; views %s", names, backbone, trained, views)
     amount = f"{run.loader.num_samples} images, {recipe.optim.epochs} epochs of {run.schedules.steps_per_epoch} steps"
     share = f"global batch {recipe.optim.global_batch} on {distributed.world()} ranks"
+    where = recipe.views.photometric_on(distributed.local_device().type)
+    log.info("photometric changes on the %s; views in %d threads a rank", where, recipe.data.num_workers)
     log.info("%s, %s; %s", amount, share, f"continuing after step {step}" if step else f"a new run in {recipe.run.dir}")
     if recipe.data.val is None:
         log.info("no data.val, so no k-NN during training")

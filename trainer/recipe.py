@@ -85,13 +85,26 @@ class Views:
     resize: Literal["bicubic", "triangle"] = "bicubic"
     colour: Literal["exact", "linear"] = "exact"
     """exact: as torchvision, clamped after every change; linear: one matrix, faster, other on saturated pixels."""
+    photometric: Literal["cpu", "device", "auto"] = "auto"
+    """Where colour, blur and solarisation happen: in the loader's threads, or batched on the accelerator from the same
+    drawn values (a few levels of 255 apart); auto: on the accelerator, if there is one and colour is exact."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.photometric == "device" and self.colour == "linear":
+            raise ValueError("photometric device computes colour exactly; set colour to exact, or photometric to cpu")
 
     @property
     def counts(self) -> ViewCounts:
         """How many of each."""
         return ViewCounts(self.global_views.count, self.local_views.count)
+
+    def photometric_on(self, device_type: str) -> Literal["cpu", "device"]:
+        """Where the photometric changes of a run on such a device happen."""
+        if self.photometric == "auto":
+            return "cpu" if device_type == "cpu" or self.colour == "linear" else "device"
+        return self.photometric
 
     def each(self) -> list[View]:
         """Every view's settings, in order."""
@@ -105,6 +118,8 @@ class Data:
     train: Path
     val: Path | None = None
     """Labelled; needed by evaluations only."""
+    subset: Path | None = None
+    """Use only the train images that this text file lists: names, or sample ids, one a line."""
     num_workers: int
     """Loader threads a rank."""
     on_bad_image: Literal["fail", "replace"] = "fail"

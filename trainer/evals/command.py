@@ -11,7 +11,6 @@ from data_prep.schema import read_manifest
 from trainer import distributed
 from trainer.evals import knn
 from trainer.evals.sources import Source, open_run
-from trainer.recipe import RecipeError
 from trainer.run_dir import environment, write_json
 
 log = logging.getLogger(__name__)
@@ -20,11 +19,9 @@ log = logging.getLogger(__name__)
 def run_knn(source: Source) -> dict[str, dict[str, float]]:
     """k-NN of every network of the source."""
     recipe = source.recipe
-    if recipe.data.val is None:
-        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
     device = distributed.local_device()
     networks = {name: network.to(device) for name, network in source.networks.items()}
-    return knn.evaluate(networks, recipe.data.train, recipe.data.val, recipe.evals.knn, knn.reader_of(recipe, device))
+    return knn.evaluate(networks, recipe.data, recipe.evals.knn, knn.reader_of(recipe, device))
 
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.1, 5
