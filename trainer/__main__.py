@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
+    if args.verb == "show" and args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
     _log_to_console()
     return _run(args, overrides)
 
@@ -40,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a run has learnt")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--protocol", required=True, choices=("knn",))
+    show = verbs.add_parser("show", help="print what a recipe decides, and draw its views of data.train")
+    show.add_argument("recipe", type=Path)
+    show.add_argument("--out", type=Path, help="the contact sheet, a PNG (default: RECIPE.views.png)")
+    show.add_argument("--images", type=int, default=6, help="images on the contact sheet (default: %(default)s)")
     verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
 
@@ -67,11 +73,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.recipe import RecipeError
     from trainer.recipe_file import load_recipe
     from trainer.run_dir import RunDirError
+    from trainer.show import show
     from trainer.weights import WeightsError
 
     try:
         if args.verb == "pretrain":
             pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+        elif args.verb == "show":
+            show(args.recipe, overrides, out=args.out, num_images=args.images)
         else:
             evaluate(args.run, args.protocol, overrides)
     except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError) as error:

@@ -27,9 +27,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, train_if_missing: Path | None = None) -> Recipe:
     """Read a recipe, apply dotted `key=value` overrides, and check all of it.
 
+    train_if_missing: stands for data.train where nothing gives one, for those who only look at a recipe
     raises: RecipeError with one line a fault: the file, the key, what was wanted, what came
     """
     tree = _read(path)
@@ -37,6 +38,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply(tree, override)
     if isinstance(tree.get("run"), dict):
         tree["run"].setdefault("dir", f"runs/{path.stem}")
+    if train_if_missing is not None and isinstance(tree.setdefault("data", {}), dict):
+        tree["data"].setdefault("train", str(train_if_missing))
     try:
         recipe = ADAPTER.validate_python(tree)
     except ValidationError as error:
