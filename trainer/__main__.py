@@ -41,11 +41,15 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--deepspeed_config", type=Path, help="such as ds_configs/zero1.json; stage 0 without")
     evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a run has learnt")
     evaluate.add_argument("run", type=Path)
-    evaluate.add_argument("--protocol", required=True, choices=("knn",))
+    evaluate.add_argument("--protocol", required=True, choices=("knn", "linear_cached"))
     show = verbs.add_parser("show", help="print what a recipe decides, and draw its views of data.train")
     show.add_argument("recipe", type=Path)
     show.add_argument("--out", type=Path, help="the contact sheet, a PNG (default: RECIPE.views.png)")
     show.add_argument("--images", type=int, default=6, help="images on the contact sheet (default: %(default)s)")
+    sweep = verbs.add_parser("sweep", help="train and compare the cases of a study, such as those of recipes/sweeps")
+    sweep.add_argument("sweep", type=Path)
+    sweep.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/sweeps/NAME)")
+    sweep.add_argument("--launcher", help="starts each run, such as 'deepspeed --num_gpus 8 --module'")
     verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
 
@@ -74,11 +78,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.recipe_file import load_recipe
     from trainer.run_dir import RunDirError
     from trainer.show import show
+    from trainer.sweep import SweepError, sweep
     from trainer.weights import WeightsError
 
     try:
         if args.verb == "pretrain":
             pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+        elif args.verb == "sweep":
+            sweep(args.sweep, overrides, out=args.out, launcher=args.launcher)
         elif args.verb == "show":
             show(args.recipe, overrides, out=args.out, num_images=args.images)
         else:
@@ -87,7 +94,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
             log.error("%s", error)
         return 2
-    except (DataError, CheckpointError, TrainingError) as error:
+    except (DataError, CheckpointError, TrainingError, SweepError) as error:
         log.error("%s", error)
         return 1
     return 0

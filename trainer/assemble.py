@@ -66,7 +66,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) ->
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
     method.to(device)
-    teacher = EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
+    teacher = build_teacher(recipe, method)
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
     seed_everything(recipe.seed, distributed.rank())
@@ -77,6 +77,11 @@ def build_method(recipe: Recipe) -> Method:
     """The method with its freshly initialised networks: a pure function of the recipe's seed."""
     seed_everything(recipe.seed)
     return recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
+
+
+def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | None:
+    """The teacher that a run of the recipe starts with."""
+    return EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
 
 
 def build_loader(recipe: Recipe, device: torch.device) -> ViewLoader:

@@ -33,7 +33,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, train_if_missing: 
     train_if_missing: stands for data.train where nothing gives one, for those who only look at a recipe
     raises: RecipeError with one line a fault: the file, the key, what was wanted, what came
     """
-    tree = _read(path)
+    tree = read_yaml(path)
     for override in overrides:
         _apply(tree, override)
     if isinstance(tree.get("run"), dict):
@@ -50,7 +50,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, train_if_missing: 
     return recipe
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. raises: RecipeError where there is none."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe; wanted the path of a YAML file, such as those in recipes/")
     try:

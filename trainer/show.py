@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.schema import open_beton
-from trainer.assemble import build_method, count_steps
+from trainer.assemble import build_method, build_teacher, count_steps
 from trainer.data.contact_sheet import contact_sheet, draw_views
 from trainer.data.kernel import Kernel
 from trainer.data.order import epoch_order
 from trainer.data.subset import read_subset
 from trainer.methods.joint_embedding import Method
-from trainer.methods.teacher import EMA, EMATeacher
+from trainer.methods.teacher import EMATeacher
 from trainer.recipe import Recipe, RecipeError
 from trainer.recipe_file import load_recipe
 from trainer.schedules import Progress, Schedules
@@ -44,7 +44,7 @@ def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_i
     console.print(yaml.safe_dump(recipe.plain(), sort_keys=False), markup=False, highlight=False)
     console.print(view_table(recipe))
     method = build_method(recipe)
-    teacher = EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
+    teacher = build_teacher(recipe, method)
     console.print(parameter_table(method, teacher))
     console.print(cost_table(recipe, method, teacher))
     schedule = schedule_table(recipe.schedules(steps), method)

@@ -49,6 +49,23 @@ def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) 
     return {"top1": top1, "top5": top5, "num_images": len(val.labels)}
 
 
+def labelled_features(
+    networks: dict[str, nn.Module], data: Data, reader: ImageReader
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """Each network's features of the train images (of the subset) and of the val images.
+
+    raises: RecipeError if there are no val images, or images without a label
+    """
+    if data.val is None:
+        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
+    train = reader.features(networks, data.train, read_subset(data.train, data.subset))
+    val = reader.features(networks, data.val)
+    for path, features in ((data.train, train), (data.val, val)):
+        if any((feature.labels < 0).any() for feature in features.values()):
+            raise RecipeError(f"evaluation needs labels, and {path} has images without; convert class folders for it")
+    return train, val
+
+
 def evaluate(
     networks: dict[str, nn.Module], data: Data, settings: KNN, reader: ImageReader
 ) -> dict[str, dict[str, float]]:
@@ -56,13 +73,7 @@ def evaluate(
 
     raises: RecipeError if there are no val images, or images without a label
     """
-    if data.val is None:
-        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
-    banks = reader.features(networks, data.train, read_subset(data.train, data.subset))
-    queries = reader.features(networks, data.val)
-    for path, features in ((data.train, banks), (data.val, queries)):
-        if any((feature.labels < 0).any() for feature in features.values()):
-            raise RecipeError(f"k-NN needs labels, and {path} has images without; convert class folders for evaluation")
+    banks, queries = labelled_features(networks, data, reader)
     return {
         name: knn_accuracy(banks[name], queries[name], k=settings.k, temperature=settings.temperature)
         | {"rank_me": rank_me(queries[name].vectors), "feature_std": feature_std(queries[name].vectors)}
