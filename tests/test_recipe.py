@@ -80,7 +80,7 @@ def test_the_sslight_recipe_has_the_published_optimisation() -> None:
         ("optm.epochs=1", "optm: unknown key; did you mean optim?"),
         ("backbone.name=resnet19", "backbone.name must be a timm model, got 'resnet19'"),
         ("teacher.momentum=1.5", "teacher.momentum must lie in [0, 1], got 1.5"),
-        ("method.name=dyno", "method.name must be one of 'dino', 'moco', got 'dyno'"),
+        ("method.name=dyno", "method.name must be one of 'dino', 'moco', 'swav', got 'dyno'"),
         ("optim.epochs=-3", "optim.epochs must be above 0, got -3"),
         ("optim.epochs=ten", "optim.epochs: Input should be a valid integer"),
         ("views.local_views.scale=[0.5, 0.1]", "views.local_views.scale must be (low, high)"),

@@ -14,7 +14,7 @@ from trainer import checkpoint, distributed, run_dir, weights
 from trainer.assemble import Assembly, assemble, count_steps
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
-from trainer.engine import autocast, load_ds_config
+from trainer.engine import autocast, keep_rewritten, load_ds_config
 from trainer.evals.knn import evaluate_branches
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.optim import set_progress
@@ -71,6 +71,7 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                     averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
                 run.method.after_step(applied=applied)
+                keep_rewritten(run.method.rewritten_parameters())
                 if run.teacher is not None and applied:
                     run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from trainer.methods.losses import weigh
 from trainer.models.backbones import Branch
 from trainer.schedules import Progress
 
@@ -39,6 +40,7 @@ class Method(nn.Module, ABC):
 
     The loop calls, for every micro-batch, `teacher_views` -> teacher -> `forward`; after every step `after_step`.
     Whatever a method learns from a micro-batch for its buffers it keeps aside until the step was really applied.
+    Nothing here may read a value from the device: that would stop the host until the device has caught up.
     """
 
     def __init__(self, student: Branch, counts: ViewCounts) -> None:
@@ -46,21 +48,40 @@ class Method(nn.Module, ABC):
         self.student = student
         self.counts = counts
 
+    def student_views(self, views: list[Tensor]) -> list[Tensor]:
+        """The views that the student sees: one (V_i * B, 3, S_i, S_i) tensor per size, view-major, globals first."""
+        return views
+
     @abstractmethod
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
-        """The views that the teacher sees, in the student's form: one (V_i * B, 3, S_i, S_i) tensor per size."""
+        """The views that the teacher sees, in the same form; a method without a teacher is not asked."""
 
     @abstractmethod
-    def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
+    def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
         """The loss of one micro-batch.
 
-        views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major, globals first
-        teacher: (V_t * B, D) the teacher's head output for `teacher_views(views)`
+        student: (V, B, D) the student's head output for `student_views`
+        teacher: (T, B, D) the teacher's for `teacher_views`; None without a teacher
         """
+
+    def forward(self, views: list[Tensor], teacher: Tensor | None, progress: Progress) -> LossOut:
+        """The student on its views, and the objective.
+
+        views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major, globals first
+        teacher: (T * B, D) the teacher's head output for `teacher_views(views)`; None without a teacher
+        """
+        batch = self.batch_size(views)
+        student = self.student(self.student_views(views))
+        of_teacher = None if teacher is None else per_view(teacher, batch)
+        return self.objective(per_view(student, batch), of_teacher, progress)
 
     @abstractmethod
     def after_step(self, *, applied: bool) -> None:
         """Move the method's buffers by what the step's micro-batches brought; drop that if the step was skipped."""
+
+    def rewritten_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `after_step` changes itself; the engine's own copies must follow."""
+        return []
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that stay as they are while `frozen(progress)` holds."""
@@ -91,6 +112,15 @@ def split_views(views: list[Tensor], rows: int) -> tuple[list[Tensor], list[Tens
 def per_view(rows: Tensor, batch_size: int) -> Tensor:
     """(V * B, D) view-major rows as (V, B, D)."""
     return rows.view(-1, batch_size, rows.shape[-1])
+
+
+def weighted(config: Any, global_loss: Tensor, local_loss: Tensor | None) -> LossOut:
+    """The two terms under the config's SSLight weights, and each for itself."""
+    total = weigh(global_loss, local_loss, global_weight=config.global_weight, local_weight=config.local_weight)
+    parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach()}
+    if local_loss is not None:
+        parts["loss/local"] = local_loss.detach()
+    return LossOut(total, parts)
 
 
 def check_weights(config: Any, counts: ViewCounts) -> str | None:
