@@ -1,5 +1,7 @@
 """DINO and MoCo as modules: centre, queue, teacher, freezing, and what a skipped step must leave alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,3 +207,14 @@ def test_the_teacher_starts_as_the_student_and_ends_between_both() -> None:
     teacher.follow(method.student, 0.75)
     for old, new, goal in zip(before, teacher.parameters(), method.student.parameters(), strict=True):
         assert torch.allclose(new, 0.75 * old + 0.25 * goal.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [dino, moco])
+def test_global_only_is_the_global_term_alone_with_weight_one(make: type[DINO] | type[MoCo]) -> None:
+    method = make()
+    method.config = replace(method.config, global_only=True, global_weight=0.4)
+    method.counts = ViewCounts(2, 0)
+    views, teacher = some_views()[:1], EMATeacher(method.student)
+    loss = method(views, teacher(method.teacher_views(views)), progress())
+    assert torch.equal(loss.total, loss.parts["loss/global"])
+    assert "loss/local" not in loss.parts

@@ -37,6 +37,8 @@ class DINOConfig:
     """Weight of the mean over pairs of global views (alpha in SSLight)."""
     local_weight: float
     """Weight of the mean over global-local pairs (beta in SSLight)."""
+    global_only: bool = False
+    """The global term alone, with weight 1; the two weights are then not used, and there may be no local views."""
 
     def __post_init__(self) -> None:
         for field in ("student_temp", "teacher_temp", "warmup_teacher_temp", "num_prototypes"):

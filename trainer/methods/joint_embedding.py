@@ -1,7 +1,7 @@
 """What every method is: a student with an objective, which the engine wraps, and state that follows the steps."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -114,19 +114,43 @@ def per_view(rows: Tensor, batch_size: int) -> Tensor:
     return rows.view(-1, batch_size, rows.shape[-1])
 
 
-def weighted(config: Any, global_loss: Tensor, local_loss: Tensor | None) -> LossOut:
-    """The two terms under the config's SSLight weights, and each for itself."""
-    total = weigh(global_loss, local_loss, global_weight=config.global_weight, local_weight=config.local_weight)
+class LossWeights(Protocol):
+    """The fields that every method's config has for SSLight's two terms."""
+
+    @property
+    def global_weight(self) -> float:
+        """Weight of the mean over global pairs (alpha)."""
+
+    @property
+    def local_weight(self) -> float:
+        """Weight of the mean over global-local pairs (beta)."""
+
+    @property
+    def global_only(self) -> bool:
+        """The global term alone, with weight 1; the two weights are then not used."""
+
+
+def weighted(config: LossWeights, global_loss: Tensor, local_loss: Tensor | None) -> LossOut:
+    """The two terms under the config's weights, and each for itself."""
+    global_weight = 1.0 if config.global_only else config.global_weight
+    total = weigh(global_loss, local_loss, global_weight=global_weight, local_weight=config.local_weight)
     parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach()}
     if local_loss is not None:
         parts["loss/local"] = local_loss.detach()
     return LossOut(total, parts)
 
 
-def check_weights(config: Any, counts: ViewCounts) -> str | None:
+def check_weights(config: LossWeights, counts: ViewCounts) -> str | None:
     """The two SSLight weights must be ones that the views can use."""
+    if config.global_only:
+        if counts.local_views == 0:
+            return None
+        return (
+            f"global_only leaves {counts.local_views} local views without a use, and cutting and forwarding them costs "
+            "most of a step; set views.local_views.count=0, or global_only=false"
+        )
     if min(config.global_weight, config.local_weight) < 0:
         return f"global_weight and local_weight must be at least 0, got {config.global_weight}, {config.local_weight}"
     if counts.local_views == 0 and config.local_weight > 0:
-        return f"local_weight is {config.local_weight} but there are no local views; set it to 0, or add local views"
+        return f"local_weight is {config.local_weight} but there are no local views; set global_only=true, or add some"
     return None

@@ -28,6 +28,8 @@ class MoCoConfig:
     """Weight of the global query's loss (alpha in SSLight)."""
     local_weight: float
     """Weight of the mean over local queries (beta in SSLight)."""
+    global_only: bool = False
+    """The global term alone, with weight 1; the two weights are then not used, and there may be no local views."""
 
     def __post_init__(self) -> None:
         for field in ("temperature", "queue_size", "hidden_dim", "out_dim"):

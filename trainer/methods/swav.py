@@ -37,6 +37,8 @@ class SwAVConfig:
     """Weight of the mean over pairs of global views (alpha in SSLight)."""
     local_weight: float
     """Weight of the mean over global-local pairs (beta in SSLight)."""
+    global_only: bool = False
+    """The global term alone, with weight 1; the two weights are then not used, and there may be no local views."""
 
     def __post_init__(self) -> None:
         for field in ("hidden_dim", "out_dim", "num_prototypes", "temperature", "epsilon", "sinkhorn_iterations"):
