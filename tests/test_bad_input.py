@@ -1,6 +1,7 @@
 """Whatever is wrong ends in one clear message, a code other than 0 on every rank, and nothing half-written."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,17 @@ def test_less_data_than_one_batch_is_refused(synthetic: Path, tmp_path: Path, sa
     assert pretrain(synthetic, tmp_path / "run", "optim.global_batch=128", "method.queue_size=128") == 2
     assert "less than one global batch of 128" in said[0]
     assert "128" in said[0]
+
+
+def test_a_probe_without_labels_is_refused(synthetic: Path, tmp_path: Path, said: Sequence[str]) -> None:
+    (tmp_path / "flat").mkdir()
+    for index, image in enumerate(sorted((synthetic / "images/train").rglob("*.jpg"))):
+        shutil.copy(image, tmp_path / f"flat/{index}.jpg")
+    assert data_prep(["convert", str(tmp_path / "flat"), str(tmp_path / "train.beton")]) == 0
+    assert pretrain(tmp_path, tmp_path / "run", "probe=true") == 2
+    assert f"{tmp_path / 'train.beton'} has images without a label" in said[0]
+    assert "set probe=false" in said[0]
+    assert pretrain(tmp_path, tmp_path / "run") == 0, "without a probe they are welcome"
 
 
 def test_another_recipes_run_directory_is_refused_with_the_difference(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import DEMO, TINY, TINY_MOCO, losses
+from tests.launch import DEMO, TINY, TINY_MOCO, losses, metrics
 from tests.spawn import run_ranks
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -27,6 +27,7 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "moco-zero0": ((*TINY_MOCO, *LIVELY), None),
     "moco-zero1": ((*TINY_MOCO, *LIVELY), "zero1.json"),
     "dino-zero0": ((*TINY, DINO, *LIVELY), "zero0.json"),
+    "dino-probe": ((*TINY, DINO, *LIVELY, "probe=true"), "zero0.json"),
     "dino-zero1": ((*TINY, DINO, *LIVELY), "zero1.json"),
     "dino-bf16": ((*TINY, DINO, *LIVELY), "zero0_bf16.json"),
     "dino-lars": ((*TINY, DINO, *LIVELY, "optim.name=lars"), None),
@@ -74,7 +75,9 @@ def runs(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Losses of every step of every case."""
     out = tmp_path_factory.mktemp("equivalence")
     run_ranks(train_every_case, synthetic, out, timeout_s=400)
-    return {path.name: losses(path) for path in out.iterdir()}
+    found = {path.name: losses(path) for path in out.iterdir()}
+    probed = metrics(out / "dino-probe")
+    return found | {f"dino-probe/{part}": {m["step"]: m[part] for m in probed} for part in ("loss/ssl", "probe/loss")}
 
 
 @pytest.mark.parametrize("method", ["moco", "dino", "swav"])
@@ -93,6 +96,13 @@ def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -
     assert ours != theirs, "autocast must have had an effect"
     assert ours[0] == pytest.approx(theirs[0], rel=0.01), "the same weights and views, before any step"
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.05), "afterwards rounding grows, without a drift"
+
+
+def test_a_probe_changes_no_step_of_the_student_and_learns(runs: dict[str, dict[int, float]]) -> None:
+    assert runs["dino-probe/loss/ssl"] == runs["dino-zero0"]
+    of_probe = list(runs["dino-probe/probe/loss"].values())
+    assert runs["dino-probe"][0] == pytest.approx(runs["dino-zero0"][0] + of_probe[0], rel=1e-6)
+    assert sum(of_probe[6:]) < sum(of_probe[:6])
 
 
 @pytest.mark.parametrize("case", PAUSED)

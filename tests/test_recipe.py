@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.recipe import Recipe, RecipeError
+from trainer.recipe import Recipe, RecipeError, what_shapes_training
 from trainer.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -92,6 +92,7 @@ def test_the_sslight_recipe_has_the_published_optimisation() -> None:
         ("method.queue_size=1000", "queue_size 1000 must be a multiple of optim.global_batch 64; 1024 is near"),
         ("teacher={kind: none}", "MoCo needs a teacher"),
         ("data.num_workers=0", "data.num_workers must be at least 1, got 0"),
+        ("evals.probe.every_epochs=-1", "evals.probe.every_epochs must be at least 0, got -1"),
         ("evals.knn.k=0", "evals.knn.k must be at least 1, got 0"),
         ("optim.warmup_epochs=.nan", "optim.warmup_epochs must lie in"),
         ("no_equals", "wanted key.sub=value"),
@@ -129,6 +130,18 @@ def test_global_only_refuses_local_views_and_needs_no_weights_for_them(method: s
     assert "set views.local_views.count=0" in said
     alone = load_recipe(recipe, [DATA, "method.global_only=true", "views.local_views.count=0"])
     assert alone.method.local_weight == 0.6, "not used, and so not refused"
+
+
+def test_clipping_beside_a_probe_is_refused_since_its_gradient_would_count() -> None:
+    assert "optim.gradient_clipping 3.0 cuts the norm" in fault_of("probe=true", "optim.gradient_clipping=3.0")
+
+
+def test_a_probe_shapes_the_training_and_how_often_it_is_evaluated_does_not() -> None:
+    plain = load_recipe(DEMO, [DATA]).plain()
+    probed = load_recipe(DEMO, [DATA, "probe=true"]).plain()
+    seldom = load_recipe(DEMO, [DATA, "evals.probe.every_epochs=7"]).plain()
+    assert what_shapes_training(probed) != what_shapes_training(plain)
+    assert what_shapes_training(seldom) == what_shapes_training(plain)
 
 
 def test_all_faults_come_in_one_report_with_the_file() -> None:

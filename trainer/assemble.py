@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_prep.schema import open_beton
+from data_prep.schema import BetonInfo, open_beton, read_labels
 from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.engine import build_engine
@@ -47,6 +47,8 @@ def count_steps(recipe: Recipe) -> int:
                 f"data.val is there to evaluate with, and {unlabelled[0]} has no labels; convert class folders, or "
                 "train without data.val"
             )
+    if recipe.probe:
+        count_classes(train)
     if train.num_samples < recipe.optim.global_batch:
         raise RecipeError(
             f"data.train {recipe.data.train} holds {train.num_samples} images, less than one global batch of "
@@ -55,11 +57,26 @@ def count_steps(recipe: Recipe) -> int:
     return train.num_samples // recipe.optim.global_batch
 
 
+def count_classes(beton: BetonInfo) -> int:
+    """How many classes the probe has to tell apart.
+
+    raises: RecipeError if images have no label
+    """
+    if not beton.labelled:
+        raise RecipeError(
+            f"probe: true trains a classifier, and {beton.path} has images without a label; convert class folders, or "
+            "set probe=false"
+        )
+    return len(beton.classes) if beton.classes else int(read_labels(beton.path).max()) + 1
+
+
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
     """Build every part, the same on every rank."""
     schedules = recipe.schedules(count_steps(recipe))
     loader = build_loader(recipe)
     method = build_method(recipe)
+    if recipe.probe:
+        method.add_probe(count_classes(open_beton(recipe.data.train)))
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
     method.to(device)

@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from trainer.methods.losses import weigh
-from trainer.models.backbones import Branch
+from trainer.methods.probe import LinearProbe
+from trainer.models.backbones import Branch, num_features
 from trainer.schedules import Progress
 
 
@@ -47,6 +48,11 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.student = student
         self.counts = counts
+        self.probe: LinearProbe | None = None
+
+    def add_probe(self, num_classes: int) -> None:
+        """Let a linear classifier train beside the student, on features that it cannot change."""
+        self.probe = LinearProbe(num_features(self.student.backbone), num_classes)
 
     def student_views(self, views: list[Tensor]) -> list[Tensor]:
         """The views that the student sees: one (V_i * B, 3, S_i, S_i) tensor per size, view-major, globals first."""
@@ -64,16 +70,24 @@ class Method(nn.Module, ABC):
         teacher: (T, B, D) the teacher's for `teacher_views`; None without a teacher
         """
 
-    def forward(self, views: list[Tensor], teacher: Tensor | None, progress: Progress) -> LossOut:
-        """The student on its views, and the objective.
+    def forward(
+        self, views: list[Tensor], teacher: Tensor | None, progress: Progress, labels: Tensor | None = None
+    ) -> LossOut:
+        """The student on its views, the objective, and beside it the probe's loss on the student's first view.
 
         views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major, globals first
         teacher: (T * B, D) the teacher's head output for `teacher_views(views)`; None without a teacher
+        labels: (B,), for the probe alone
         """
         batch = self.batch_size(views)
-        student = self.student(self.student_views(views))
-        of_teacher = None if teacher is None else per_view(teacher, batch)
-        return self.objective(per_view(student, batch), of_teacher, progress)
+        features = self.student.features(self.student_views(views))
+        student = per_view(self.student.head(features), batch)
+        loss = self.objective(student, None if teacher is None else per_view(teacher, batch), progress)
+        if self.probe is None:
+            return loss
+        assert labels is not None
+        of_probe, parts = self.probe.loss(features[:batch], labels)
+        return LossOut(loss.total + of_probe, loss.parts | {"loss/ssl": loss.total.detach()} | parts)
 
     @abstractmethod
     def after_step(self, *, applied: bool) -> None:

@@ -33,7 +33,7 @@ def dino_targets(teacher: Tensor, center: Tensor, *, temperature: float) -> Tens
 def swapped_prediction(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of every view with the targets of the other global views: DINO's and SwAV's loss.
 
-    logits: (V, B, K), the globals first;  targets: (G, B, K) float32, without gradient
+    logits: (V, B, K), the globals first;  targets: (G, B, K) float32, each row summing to 1
     returns: mean over the G (G - 1) global pairs, and over the G L global-local pairs (None without locals)
     equals: mean over pairs (i, v), v != i, of -(targets_i . log_softmax(logits_v / T)); the targets are summed first,
     so that each view meets one log-softmax
@@ -59,17 +59,18 @@ class _SwappedPrediction(torch.autograd.Function):
             wanted = (total - targets[v]).div_(num_globals - 1) if v < num_globals else total / num_globals
             log_probs = F.log_softmax(view.float() / temperature, dim=-1)
             losses[v] = -torch.einsum("bk,bk->b", wanted, log_probs).mean()
-            if gradient is not None:  # softmax x (sum of the target, 1 but for rounding) - target
-                mass = wanted.sum(-1, keepdim=True)
-                gradient[v] = log_probs.exp_().mul_(mass).sub_(wanted).div_(batch * temperature)
+            if gradient is not None:
+                torch.sub(log_probs.exp_(), wanted, out=gradient[v])
         ctx.save_for_backward(gradient)
+        ctx.scale = 1 / (batch * temperature)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_losses: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(of_losses.view(-1, 1, 1)), None, None  # in place: torch refuses a second backward
+        scale = (of_losses * ctx.scale).view(-1, 1, 1)
+        return gradient.mul_(scale), None, None  # in place: torch refuses a second backward
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float) -> Tensor:

@@ -12,7 +12,7 @@ from trainer.methods.losses import mean_entropy, swapped_prediction
 from trainer.methods.queue import EmbeddingQueue
 from trainer.methods.sinkhorn import sinkhorn
 from trainer.models.backbones import Branch, num_features
-from trainer.models.heads import Prototypes, SwAVHead
+from trainer.models.heads import Prototypes, SwAVHead, initialise_linears
 from trainer.schedules import Progress
 
 
@@ -80,6 +80,12 @@ class SwAV(Method):
         self.prototypes = Prototypes(config.out_dim, config.num_prototypes)
         self.queue = EmbeddingQueue(config.queue_size, counts.global_views, config.out_dim)
         self._new_embeddings: list[Tensor] = []
+
+    def add_probe(self, num_classes: int) -> None:
+        """The probe, initialised as every linear layer here."""
+        super().add_probe(num_classes)
+        assert self.probe is not None
+        initialise_linears(self.probe)
 
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
         """None."""
