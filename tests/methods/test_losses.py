@@ -115,3 +115,20 @@ def test_losses_stay_in_full_precision_under_autocast() -> None:
 def test_a_single_global_view_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 global views, got 1"):
         dino_loss(torch.zeros(3, 1, 4), torch.zeros(1, 1, 4), torch.zeros(4), student_temp=0.1, teacher_temp=0.04)
+
+
+@pytest.mark.parametrize(("num_prototypes", "expected"), [(4096, 8.317766), (65_536, 11.090355), (3000, 8.006368)])
+def test_logits_that_say_nothing_lose_the_logarithm_of_the_number_of_prototypes(
+    num_prototypes: int, expected: float
+) -> None:
+    flat = torch.zeros(3, 2, num_prototypes)
+    targets = torch.rand(2, 2, num_prototypes, generator=torch.Generator().manual_seed(0)).mul(9).softmax(-1)
+    for loss in swapped_prediction(flat, targets, temperature=0.1):
+        assert loss is not None
+        assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_query_that_knows_nothing_of_65536_negatives_is_at_chance() -> None:
+    queue = F.normalize(torch.ones(2, 65_536), dim=0)
+    query = F.normalize(torch.tensor([[[1.0, -1.0]]]), dim=-1)
+    assert info_nce(query, queue[:, 0][None], queue, temperature=0.2).item() == pytest.approx(11.090370, abs=1e-5)

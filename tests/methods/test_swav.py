@@ -52,6 +52,16 @@ def test_swav_gives_the_published_losses(weights: tuple[float, float], expected:
     assert total.item() == pytest.approx(expected, abs=5e-6)
 
 
+def test_swavs_step_has_the_published_loss() -> None:
+    """Through the module: six prototypes, four dimensions, weights 0.4 and 0.6."""
+    method = swav()
+    method.prototypes = Prototypes(4, 6)
+    with torch.no_grad():
+        method.prototypes.weight.copy_(unit_rows(waves(6, 4, 0.7, 1.9)))
+    embeddings = unit_rows(waves(32, 4, 0.37, 0.91)).view(8, 4, 4)
+    assert method.objective(embeddings, None, progress()).total.item() == pytest.approx(5.609987, abs=5e-6)
+
+
 def test_sinkhorn_gives_the_published_codes() -> None:
     codes = sinkhorn(fixture_scores()[0], epsilon=0.05, iterations=3)
     row = [1.00058e-5, 3.79037e-5, 0.00169125, 0.08016325, 0.45645347, 0.46164414]
@@ -114,19 +124,30 @@ def test_enough_iterations_give_every_prototype_the_same_mass() -> None:
     assert torch.allclose(codes.sum(0), torch.full((6,), 2.0), rtol=1e-3)
 
 
+GRID = [(1, 2, 3, 0.05), (2, 8, 5, 0.05), (1, 6, 17, 0.02), (3, 4, 1, 1.0)]
+"""Views, samples of all ranks, prototypes, epsilon."""
+
+
+def my_share(samples: int) -> slice:
+    """This rank's part of the samples."""
+    return slice(*(samples * (distributed.rank() + end) // distributed.world() for end in (0, 1)))
+
+
 def train_three_steps() -> dict[str, list[float]]:
     """On one rank: its share of three global batches of 8; losses and buffers, which all ranks must agree on."""
-    scores = 30 * unit(2, 8, 5)
-    mine = slice(distributed.rank() * 8 // distributed.world(), (distributed.rank() + 1) * 8 // distributed.world())
+    codes = [
+        sinkhorn(unit(views, samples, prototypes)[:, my_share(samples)], epsilon=epsilon, iterations=3)
+        for views, samples, prototypes, epsilon in GRID
+    ]
     method = swav(queue_size=16)
     losses = []
     for step in range(3):
-        views = [view.unflatten(0, (-1, 8))[:, mine].flatten(0, 1) for view in some_views(8, seed=step)]
+        views = [view.unflatten(0, (-1, 8))[:, my_share(8)].flatten(0, 1) for view in some_views(8, seed=step)]
         loss = method(views, None, progress(epoch=1))
         losses.append(float(distributed.mean_over_ranks(loss.total.detach())))
         method.after_step(applied=True)
     return {
-        "codes": sinkhorn(scores[:, mine], epsilon=0.05, iterations=3).flatten().tolist(),
+        "codes": torch.cat([part.flatten() for part in codes]).tolist(),
         "losses": losses,
         "queue": method.queue.rows.flatten().tolist(),
         "num_pushed": [method.queue.num_pushed],
@@ -143,8 +164,12 @@ def test_two_ranks_assign_queue_and_lose_as_one_with_the_whole_batch() -> None:
     }
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert first["queue"] == pytest.approx(alone["queue"], abs=1e-6), "rows in rank order"
-    halves = [torch.tensor(rank["codes"]).view(2, 4, 5) for rank in (first, second)]
-    assert torch.allclose(torch.cat(halves, 1), torch.tensor(alone["codes"]).view(2, 8, 5), atol=1e-6)
+    sizes = [views * samples * prototypes // 2 for views, samples, prototypes, _ in GRID]
+    halves = [torch.tensor(rank["codes"]).split(sizes) for rank in (first, second)]
+    for (views, samples, prototypes, epsilon), *parts in zip(GRID, *halves, strict=True):
+        both = torch.cat([part.view(views, samples // 2, prototypes) for part in parts], 1)
+        whole = sinkhorn(unit(views, samples, prototypes), epsilon=epsilon, iterations=3)
+        assert torch.allclose(both, whole, atol=1e-6)
 
 
 def test_a_full_queue_takes_part_in_the_assignment_and_a_filling_one_does_not() -> None:
