@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.recipe import Recipe, RecipeError
+from trainer.recipe import Recipe, RecipeError, what_shapes_training
 from trainer.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -81,17 +81,19 @@ def test_the_sslight_recipe_has_the_published_optimisation() -> None:
         ("optm.epochs=1", "optm: unknown key; did you mean optim?"),
         ("backbone.name=resnet19", "backbone.name must be a timm model, got 'resnet19'"),
         ("teacher.momentum=1.5", "teacher.momentum must lie in [0, 1], got 1.5"),
-        ("method.name=dyno", "method.name must be one of 'dino', 'moco', got 'dyno'"),
+        ("method.name=dyno", "method.name must be one of 'dino', 'moco', 'swav', got 'dyno'"),
         ("optim.epochs=-3", "optim.epochs must be above 0, got -3"),
         ("optim.epochs=ten", "optim.epochs: Input should be a valid integer"),
         ("views.local_views.scale=[0.5, 0.1]", "views.local_views.scale must be (low, high)"),
         ("views.global_views.blur_prob=[1, 0, 0]", "views.global_views.blur_prob must be one number, or one for each"),
         ("views.local_views.gray_prob=1.2", "gray_prob must lie in [0, 1], got 1.2"),
         ("method.local_weight=0.6", "local_weight is 0.6 but there are no local views"),
+        ("method.local_weight=-1", "global_weight and local_weight must be at least 0, got 1.0, -1.0"),
         ("views.global_views.count=1", "MoCo needs at least 2 global views (one key, one query), got 1"),
         ("method.queue_size=1000", "queue_size 1000 must be a multiple of optim.global_batch 64; 1024 is near"),
         ("teacher={kind: none}", "MoCo needs a teacher"),
         ("data.num_workers=0", "data.num_workers must be at least 1, got 0"),
+        ("evals.probe.every_epochs=-1", "evals.probe.every_epochs must be at least 0, got -1"),
         ("evals.knn.k=0", "evals.knn.k must be at least 1, got 0"),
         ("optim.warmup_epochs=.nan", "optim.warmup_epochs must lie in"),
         ("no_equals", "wanted key.sub=value"),
@@ -101,6 +103,46 @@ def test_the_sslight_recipe_has_the_published_optimisation() -> None:
 )
 def test_a_fault_is_said_by_name(override: str, said: str) -> None:
     assert said in fault_of(override)
+
+
+SWAV = RECIPES / "smoke/swav_sslight.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.queue_size=200", "queue_size 200 must be a multiple of optim.global_batch 64, or 0 for no queue; 192"),
+        ("method.queue_size=60", "or 0 for no queue; 64 is near"),
+        ("teacher={kind: ema, momentum: 0.9, final_momentum: 1}", "SwAV has no teacher, got teacher.kind ema; set"),
+        ("views.global_views.count=1", "SwAV needs at least 2 global views, got 1"),
+        ("method.epsilon=0", "method.epsilon must be above 0, got 0"),
+        ("method.queue_start_epoch=-1", "method.queue_start_epoch must be at least 0, got -1"),
+    ],
+)
+def test_a_fault_in_swav_is_said_by_name(override: str, said: str) -> None:
+    assert said in fault_of(override, recipe=SWAV)
+
+
+@pytest.mark.parametrize("method", ["dino", "swav"])
+def test_global_only_refuses_local_views_and_needs_no_weights_for_them(method: str) -> None:
+    recipe = RECIPES / f"smoke/{method}_sslight.yaml"
+    said = fault_of("method.global_only=true", recipe=recipe)
+    assert "global_only leaves 4 local views without a use" in said
+    assert "set views.local_views.count=0" in said
+    alone = load_recipe(recipe, [DATA, "method.global_only=true", "views.local_views.count=0"])
+    assert alone.method.local_weight == 0.6, "not used, and so not refused"
+
+
+def test_clipping_beside_a_probe_is_refused_since_its_gradient_would_count() -> None:
+    assert "optim.gradient_clipping 3.0 cuts the norm" in fault_of("probe=true", "optim.gradient_clipping=3.0")
+
+
+def test_a_probe_shapes_the_training_and_how_often_it_is_evaluated_does_not() -> None:
+    plain = load_recipe(DEMO, [DATA]).plain()
+    probed = load_recipe(DEMO, [DATA, "probe=true"]).plain()
+    seldom = load_recipe(DEMO, [DATA, "evals.probe.every_epochs=7"]).plain()
+    assert what_shapes_training(probed) != what_shapes_training(plain)
+    assert what_shapes_training(seldom) == what_shapes_training(plain)
 
 
 def test_all_faults_come_in_one_report_with_the_file() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_prep.schema import open_beton
+from data_prep.schema import BetonInfo, open_beton, read_labels
 from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.data.subset import read_subset
@@ -48,6 +48,8 @@ def count_steps(recipe: Recipe) -> int:
                 f"data.val is there to evaluate with, and {unlabelled[0]} has no labels; convert class folders, or "
                 "train without data.val"
             )
+    if recipe.probe:
+        count_classes(train)
     subset = read_subset(recipe.data.train, recipe.data.subset)
     num_samples = train.num_samples if subset is None else len(subset)
     if num_samples < recipe.optim.global_batch:
@@ -58,11 +60,24 @@ def count_steps(recipe: Recipe) -> int:
     return num_samples // recipe.optim.global_batch
 
 
+def count_classes(beton: BetonInfo) -> int:
+    """How many classes the probe has to tell apart.
+
+    raises: RecipeError if images have no label
+    """
+    if not beton.labelled:
+        raise RecipeError(
+            f"probe: true trains a classifier, and {beton.path} has images without a label; convert class folders, or "
+            "set probe=false"
+        )
+    return len(beton.classes) if beton.classes else int(read_labels(beton.path).max()) + 1
+
+
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
     """Build every part, the same on every rank."""
     schedules = recipe.schedules(count_steps(recipe))
     loader = build_loader(recipe, device)
-    method = build_method(recipe)
+    method = build_method(recipe, num_classes=count_classes(open_beton(recipe.data.train)) if recipe.probe else None)
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
     method.to(device)
@@ -73,10 +88,16 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) ->
     return Assembly(loader, schedules, method, teacher, engine)
 
 
-def build_method(recipe: Recipe) -> Method:
-    """The method with its freshly initialised networks: a pure function of the recipe's seed."""
+def build_method(recipe: Recipe, *, num_classes: int | None = None) -> Method:
+    """The method with its freshly initialised networks, a pure function of the recipe's seed.
+
+    num_classes: of the probe, which comes last, so that it shifts no other draw; None for no probe
+    """
     seed_everything(recipe.seed)
-    return recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
+    method = recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
+    if num_classes is not None:
+        method.add_probe(num_classes)
+    return method
 
 
 def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | None:

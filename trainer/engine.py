@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,14 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is there, even in a process without a launcher
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def keep_rewritten(parameters: Iterable[nn.Parameter]) -> None:
+    """Let the optimizer's own copies follow parameters that a method has changed; ZeRO 1 would undo the change."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for parameter in parameters:
+        safe_set_full_fp32_param(parameter, parameter.detach().float())  # stage 0 has no copies and does nothing
 
 
 def _import_deepspeed() -> Any:

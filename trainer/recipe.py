@@ -150,10 +150,22 @@ class KNN:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeEval:
+    """Accuracy of the joint probe on val images, which are read as k-NN reads them."""
+
+    every_epochs: int
+    """0 for never; without `probe: true` there is nothing to evaluate."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, every_epochs=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evals:
     """Evaluations during training; `trainer evaluate` takes its settings from here too."""
 
     knn: KNN
+    probe: ProbeEval = ProbeEval(every_epochs=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +203,8 @@ class Recipe:
     method: Annotated[AnyMethod, Field(discriminator="name")]
     teacher: Teacher
     backbone: Backbone
+    probe: bool = False
+    """Train a linear classifier on the student's detached features beside it; needs labels, changes no student."""
     views: Views
     data: Data
     optim: Optim

@@ -83,7 +83,14 @@ def _cross_check(recipe: Recipe) -> str | None:
     fault = recipe.method.check(
         recipe.views.counts, teacher=recipe.teacher.kind, global_batch=recipe.optim.global_batch
     )
-    return None if fault is None else f"method.{recipe.method.name}: {fault}"
+    if fault is not None:
+        return f"method.{recipe.method.name}: {fault}"
+    if recipe.probe and recipe.optim.gradient_clipping > 0:
+        return (
+            f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "
+            "among them, which must not change the student; set probe=false, or optim.gradient_clipping=0"
+        )
+    return None
 
 
 def _faults(error: ValidationError) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.schema import open_beton
-from trainer.assemble import build_method, build_teacher, count_steps
+from trainer.assemble import build_method, build_teacher, count_classes, count_steps
 from trainer.data.contact_sheet import contact_sheet, draw_views
 from trainer.data.kernel import Kernel
 from trainer.data.order import epoch_order
@@ -43,7 +43,7 @@ def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_i
     console = Console(width=130)
     console.print(yaml.safe_dump(recipe.plain(), sort_keys=False), markup=False, highlight=False)
     console.print(view_table(recipe))
-    method = build_method(recipe)
+    method = build_method(recipe, num_classes=num_classes(recipe) if recipe.probe else None)
     teacher = build_teacher(recipe, method)
     console.print(parameter_table(method, teacher))
     console.print(cost_table(recipe, method, teacher))
@@ -56,6 +56,11 @@ def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_i
         path = out or Path(f"{recipe_path.stem}.views.png")
         save_contact_sheet(recipe, path, num_images=num_images)
         console.print(f"views of {num_images} images as training sees them in epoch 0: {path}", highlight=False)
+
+
+def num_classes(recipe: Recipe) -> int:
+    """The probe's classes; ImageNet-1k's where no data are given."""
+    return 1000 if recipe.data.train == NO_DATA else count_classes(open_beton(recipe.data.train))
 
 
 def view_table(recipe: Recipe) -> Table:
@@ -97,7 +102,8 @@ def parameter_table(method: Method, teacher: EMATeacher | None) -> Table:
 
 def _parts(method: Method, teacher: EMATeacher | None) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"backbone": method.student.backbone, "head": method.student.head}
-    parts |= {name: child for name, child in method.named_children() if child is not method.student}
+    parts |= {name: child for name, child in method.named_children() if any(True for _ in child.parameters())}
+    del parts["student"]
     everything = [method] if teacher is None else [method, teacher]
     return parts | ({} if teacher is None else {"teacher": teacher}) | {"all": nn.ModuleList(everything)}
 
@@ -133,7 +139,8 @@ def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_si
         if teacher is not None:
             target = teacher(method.teacher_views(views))
         counts.append(counter.get_total_flops())
-        loss = method(views, target, progress).total
+        labels = torch.zeros(batch_size, dtype=torch.long)
+        loss = method(views, target, progress, labels).total
         counts.append(counter.get_total_flops())
         loss.backward()
         counts.append(counter.get_total_flops())
