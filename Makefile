@@ -87,10 +87,11 @@ check: setup ## lint, format, types, import contracts
 	mypy
 	lint-imports
 
-bench: setup ## the benchmarks on DATA=folder of JPEGs (or generated ones); each prints one JSON line a case
+bench: setup ## the benchmarks, the loader's on DATA=folder of JPEGs (or generated ones); each prints one JSON line a case
 	$(if $(DATA),,python -m data_prep synth $(IMAGES))
 	python -m benchmarks.loader $(IMAGES)
 	python -m benchmarks.converter $(IMAGES)
+	python -m benchmarks.step
 
 clean: ## remove caches and build leftovers; the environment, demo/ and runs/ stay
 	rm -rf build *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -150,6 +150,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_keeps_it(
     assert not list((tmp_path / "run/checkpoints").glob("*/manifest.json"))
 
 
+def test_a_network_that_does_not_take_the_local_views_is_refused_before_anything_is_written(
+    synthetic: Path, tmp_path: Path, said: Sequence[str]
+) -> None:
+    vit = ("backbone.name=vit_tiny_patch16_224", "backbone.args={img_size: 32}", "views.local_views.size=16")
+    assert pretrain(synthetic, tmp_path / "run", *vit) == 2
+    assert "does not take views of 16 px" in said[0]
+    assert "backbone.args.dynamic_img_size=true" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluating_what_is_no_run_is_refused(tmp_path: Path, said: Sequence[str]) -> None:
     assert trainer(["evaluate", str(tmp_path), "--protocol", "knn"]) == 2
     assert f"{tmp_path}: no resolved.yaml" in said[0]

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from trainer.engine import KNOWN_KEYS, DSConfigError, load_ds_config
-from trainer.optim import Optim
+from trainer import distributed
+from trainer.engine import KNOWN_KEYS, DSConfigError, build_engine, load_ds_config
+from trainer.optim import Optim, build_optimizer, param_groups
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
@@ -81,3 +84,28 @@ def test_every_known_key_is_one_that_deepspeed_reads() -> None:
 
     source = "\n".join(path.read_text() for path in Path(deepspeed.__path__[0]).rglob("*.py"))
     assert {key for key in KNOWN_KEYS if f'"{key}"' not in source and f"'{key}'" not in source} == set()
+
+
+class Halves(nn.Module):
+    """A loss that uses one of its two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = (nn.Parameter(torch.full((2, 2), 2.0)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.used * x).sum()
+
+
+def test_alone_no_gradient_is_summed_and_an_unused_weight_still_decays_as_on_many_ranks() -> None:
+    """DeepSpeed gives weights without a gradient one of zeros, on any number of ranks; so the decay reaches them."""
+    distributed.start(torch.device("cpu"))
+    module, recipe = Halves(), optim(accumulation=1)
+    optimizer = build_optimizer(recipe, param_groups(module))
+    engine = build_engine(module, optimizer, load_ds_config(None, recipe, micro_batch=32))
+    optimizer.param_groups[0] |= {"lr": 0.1, "weight_decay": 0.5}
+    engine.backward(engine(torch.full((2, 2), 3.0)))
+    assert torch.equal(module.used.grad, torch.full((2, 2), 3.0))  # type: ignore[arg-type]
+    engine.step()
+    assert torch.allclose(module.unused, torch.full((2, 2), 2.0 * (1 - 0.1 * 0.5)))
+    assert bool((module.used < module.unused).all())

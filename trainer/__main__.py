@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
     if args.verb == "show" and args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
+    if overrides and args.verb not in ("pretrain", "evaluate", "show", "sweep"):
+        parser.error(f"{args.verb} reads no recipe, so it takes no {overrides[0]!r}")
     _log_to_console()
     return _run(args, overrides)
 
@@ -50,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("sweep", type=Path)
     sweep.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/sweeps/NAME)")
     sweep.add_argument("--launcher", help="starts each run, such as 'deepspeed --num_gpus 8 --module'")
+    imports = verbs.add_parser("import-weights", help="turn a published SSLight checkpoint into weights folders")
+    imports.add_argument("source", type=Path, metavar="FILE.pth.tar")
+    imports.add_argument("folder", type=Path, help="where to: its student/ and teacher/ load in timm")
+    imports.add_argument("--backbone", help="the network's timm name; found by its tensors if it is a published one")
+    export = verbs.add_parser("export", help="write a run's weights in another form")
+    export.add_argument("source", type=Path, metavar="RUN_OR_WEIGHTS")
+    export.add_argument("file", type=Path)
+    export.add_argument("--to", required=True, choices=("sslight",), help="sslight: what the published loaders read")
     verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
 
@@ -69,6 +79,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     # These imports take seconds, and --help need not wait for them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     from data_prep.schema import BetonError
+    from trainer import published
     from trainer.checkpoint import CheckpointError
     from trainer.data.loader import DataError
     from trainer.engine import DSConfigError
@@ -82,14 +93,19 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.weights import WeightsError
 
     try:
-        if args.verb == "pretrain":
-            pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
-        elif args.verb == "sweep":
-            sweep(args.sweep, overrides, out=args.out, launcher=args.launcher)
-        elif args.verb == "show":
-            show(args.recipe, overrides, out=args.out, num_images=args.images)
-        else:
-            evaluate(args.run, args.protocol, overrides)
+        match args.verb:
+            case "pretrain":
+                pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+            case "evaluate":
+                evaluate(args.run, args.protocol, overrides)
+            case "show":
+                show(args.recipe, overrides, out=args.out, num_images=args.images)
+            case "sweep":
+                sweep(args.sweep, overrides, out=args.out, launcher=args.launcher)
+            case "import-weights":
+                published.import_weights(args.source, args.folder, args.backbone)
+            case "export":
+                published.export(args.source, args.file)
     except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
             log.error("%s", error)

@@ -15,7 +15,7 @@ from trainer.data.subset import read_subset
 from trainer.engine import build_engine
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
-from trainer.models.backbones import build_backbone, synchronise_batchnorm
+from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
 from trainer.optim import build_optimizer, param_groups
 from trainer.recipe import Recipe, RecipeError
 from trainer.schedules import Schedules
@@ -71,6 +71,18 @@ def count_classes(beton: BetonInfo) -> int:
             "set probe=false"
         )
     return len(beton.classes) if beton.classes else int(read_labels(beton.path).max()) + 1
+
+
+def check_backbone(recipe: Recipe) -> None:
+    """Whether the network takes every size that the recipe will give it; RecipeError if it does not."""
+    views, knn = recipe.views, recipe.evals.knn
+    sizes = {group.size for group in (views.global_views, views.local_views) if group.count}
+    if recipe.data.val is not None and knn.every_epochs:
+        sizes.add(knn.size)
+    try:
+        check_sizes(build_backbone(recipe.backbone), sizes)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:

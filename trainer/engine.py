@@ -12,7 +12,7 @@ import hjson
 import torch
 from torch import nn
 
-from trainer import toolchain
+from trainer import distributed, toolchain
 from trainer.optim import Optim
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
     deepspeed = _import_deepspeed()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is there, even in a process without a launcher
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if distributed.world() == 1 and zero_stage(config) == 0:
+        # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back (LOG.md).
+        engine.allreduce_no_retain = lambda *_, **__: None
     return engine
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, distributed, run_dir, weights
-from trainer.assemble import Assembly, assemble, count_steps
+from trainer.assemble import Assembly, assemble, check_backbone, count_steps
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
 from trainer.engine import autocast, keep_rewritten, load_ds_config
@@ -41,6 +41,7 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     device = distributed.local_device()
     ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
     count_steps(recipe)
+    check_backbone(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
     run_dir.log_to(folder)

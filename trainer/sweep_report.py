@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from trainer.run_dir import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REFERENCES = ("untrained", "pixels")
 """What every result stands beside."""
@@ -97,8 +98,11 @@ def _write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:
                     writer.writerow([o.case, o.x, o.seed, o.epochs, o.gmacs_per_image, protocol, network, top1])
 
 
-def plot(question: str, x_label: str | None, outcomes: Sequence[Outcome]) -> Figure:
+def plot(question: str, x_label: str | None, outcomes: Sequence[Outcome]) -> "Figure":
     """One panel a protocol: a dot a seed, the mean of each case, and what it must beat as lines."""
+    import matplotlib as mpl  # half a second that no training need wait for
+    from matplotlib.figure import Figure
+
     protocols, cases = list(outcomes[0].top1), by_case(outcomes)
     along_axis = all(o.x is not None for o in outcomes)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):

@@ -1,9 +1,13 @@
 """Backbone weights as timm loads them: a folder with model.safetensors and config.json (`local-dir:` in timm)."""
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,7 +18,7 @@ from trainer.models.backbones import Backbone, build_backbone, num_features
 from trainer.recipe import Recipe
 from trainer.run_dir import write_json
 
-MODEL, CONFIG = "model.safetensors", "config.json"
+MODEL, HEAD, CONFIG = "model.safetensors", "head.safetensors", "config.json"
 
 
 class WeightsError(ValueError):
@@ -26,35 +30,64 @@ def save(run_dir: Path, recipe: Recipe, method: Method, teacher: EMATeacher | No
     if not distributed.is_main():
         return
     branches = {"student": method.student} | ({} if teacher is None else {"teacher": teacher.branch})
+    views = recipe.views
     for name, branch in branches.items():
-        save_backbone(run_dir / "weights" / name, branch.backbone, recipe)
+        folder = run_dir / "weights" / name
+        save_backbone(
+            folder, branch.backbone, recipe.backbone, size=views.global_views.size, mean=views.mean, std=views.std
+        )
+        save_head(folder, branch.head.state_dict())
 
 
-def save_backbone(folder: Path, network: nn.Module, recipe: Recipe) -> None:
+def save_backbone(
+    folder: Path, network: nn.Module, spec: Backbone, *, size: int, mean: Sequence[float], std: Sequence[float]
+) -> None:
     """Write one backbone in fp32, each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    temporary = folder / f".{MODEL}.tmp"
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / MODEL)
-    write_json(folder / CONFIG, _timm_config(network, recipe))
-
-
-def _timm_config(network: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    size = recipe.views.global_views.size
-    return {
-        "architecture": recipe.backbone.name,
-        "num_classes": 0,
-        "num_features": num_features(network),
-        "model_args": recipe.backbone.args,
-        "pretrained_cfg": {
-            "input_size": [3, size, size],
-            "mean": list(recipe.views.mean),
-            "std": list(recipe.views.std),
-            "interpolation": "bicubic",
+    _save_tensors(folder / MODEL, network.state_dict())
+    write_json(
+        folder / CONFIG,
+        {
+            "architecture": spec.name,
             "num_classes": 0,
+            "num_features": num_features(network),
+            "model_args": spec.args,
+            "pos_embed": spec.pos_embed,  # ours; timm passes over it
+            "pretrained_cfg": {
+                "input_size": [3, size, size],
+                "mean": list(mean),
+                "std": list(std),
+                "interpolation": "bicubic",
+                "num_classes": 0,
+            },
         },
-    }
+    )
+
+
+def save_head(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a branch's projection head beside its backbone, where timm does not look."""
+    _save_tensors(folder / HEAD, state, {"order": json.dumps(list(state))})
+
+
+def load_head(folder: Path) -> dict[str, Tensor]:
+    """The projection head's tensors in the module's order, which the file's own is not; none if it was not kept."""
+    if not (folder / HEAD).is_file():
+        return {}
+    with safe_open(folder / HEAD, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in json.loads(file.metadata()["order"])}
+
+
+def _save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+    temporary.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """What identifies a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -66,7 +99,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         if not (folder / name).is_file():
             raise WeightsError(f"{folder}: no {name}; wanted a folder such as runs/NAME/weights/student")
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    spec = Backbone(name=config["architecture"], init="timm", args=config.get("model_args", {}))
+    spec = spec_of(config)
     network = build_backbone(spec)
     state: dict[str, Tensor] = load_file(folder / MODEL)
     missing, unexpected = network.load_state_dict(state, strict=False)
@@ -74,3 +107,13 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         odd = f"missing {missing[:3]}, unexpected {unexpected[:3]}"
         raise WeightsError(f"{folder}: its tensors do not fit {spec.name} {spec.args}: {odd}")
     return network, config
+
+
+def spec_of(config: dict[str, Any]) -> Backbone:
+    """The backbone that a weights folder's config describes; timm's own folders resample positions as timm does."""
+    return Backbone(
+        name=config["architecture"],
+        init="timm",
+        pos_embed=config.get("pos_embed", "timm"),
+        args=config.get("model_args", {}),
+    )

@@ -3,28 +3,60 @@
 import math
 
 import pytest
-import timm
 import torch
-from torch import nn
+from timm.layers import DropPath
+from torch import Tensor, nn
 
 from trainer.methods.dino import DINOConfig
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.moco import MoCoConfig
 from trainer.methods.swav import SwAVConfig
-from trainer.models.backbones import Backbone, build_backbone, num_features
+from trainer.methods.teacher import EMATeacher
+from trainer.models.backbones import Backbone, Branch, build_backbone, check_sizes, num_features
 
 
 def count(module: nn.Module, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
 
 
-@pytest.mark.parametrize(
-    ("name", "features", "parameters"),
-    [("resnet18", 512, 11_176_512), ("mobilenetv2_100", 1280, 2_223_872), ("vit_tiny_patch16_224", 192, 5_524_416)],
-)
-def test_backbones_have_the_published_sizes(name: str, features: int, parameters: int) -> None:
+PUBLISHED = [
+    ("mobilenetv2_100", 1280, 2_223_872, 34_164, 312),
+    ("resnet18", 512, 11_176_512, 9_620, 120),
+    ("resnet34", 512, 21_284_672, 17_060, 216),
+    ("resnet50", 2048, 23_508_032, 53_173, 318),
+    ("vit_tiny_patch16_224", 192, 5_524_416, 0, 150),
+    ("vit_small_patch16_224", 384, 21_665_664, 0, 150),
+]
+
+
+@pytest.mark.parametrize(("name", "features", "parameters", "buffers", "entries"), PUBLISHED)
+def test_backbones_have_the_published_sizes(
+    name: str, features: int, parameters: int, buffers: int, entries: int
+) -> None:
     network = build_backbone(Backbone(name=name))
-    assert (num_features(network), count(network)) == (features, parameters)
+    assert (num_features(network), count(network), len(network.state_dict())) == (features, parameters, entries)
+    assert sum(buffer.numel() for buffer in network.buffers()) == buffers
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_one_network_takes_the_global_and_the_local_views(name: str) -> None:
+    args = {"dynamic_img_size": True} if name.startswith("vit") else {}
+    check_sizes(build_backbone(Backbone(name=name, args=args)), [224, 128, 96])
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "said"),
+    [
+        (Backbone(name="vit_tiny_patch16_224"), 128, "does not take views of 128 px .*dynamic_img_size=true"),
+        (Backbone(name="vit_tiny_patch16_224", args={"dynamic_img_size": True}), 100, "100 px .*divisible by patch"),
+        (Backbone(name="resnet18", args={"global_pool": ""}), 64, r"vector of 512 .*came \(2, 512, 2, 2\)"),
+        (Backbone(name="resnet18", args={"features_only": True}), 64, "no feature vector; take them out"),
+    ],
+    ids=["one size", "no multiple", "a map", "many maps"],
+)
+def test_a_network_that_yields_no_vector_at_a_views_size_is_refused(spec: Backbone, size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_sizes(build_backbone(spec), [size])
 
 
 def test_heads_have_the_published_sizes() -> None:
@@ -44,20 +76,69 @@ def test_heads_have_the_published_sizes() -> None:
     assert (count(built.student.head), count(built.prototypes)) == (5_779_584, 384_000)
 
 
-def test_reference_initialisation_differs_from_timms_where_the_published_code_does() -> None:
+def std_of(weight: Tensor) -> tuple[float, float]:
+    """The standard deviation of drawn weights and five times the error that so many draws leave in it."""
+    return weight.std().item(), 5 * weight.std().item() / math.sqrt(2 * weight.numel())
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "resnet18", "resnet50"])
+def test_every_layer_of_a_cnn_starts_as_published(name: str) -> None:
+    """Convolutions count fan-out without groups: sqrt(2 / 9C) where they are depth-wise. Norms start at 1 and 0."""
     torch.manual_seed(0)
-    network = build_backbone(Backbone(name="mobilenetv2_100"))
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 300:
-            expected = math.sqrt(2 / (9 * module.in_channels))
-            assert module.weight.std().item() == pytest.approx(expected, rel=0.06)
-    resnet = build_backbone(Backbone(name="resnet18"))
-    assert all(bool((module.weight == 1).all()) for module in resnet.modules() if isinstance(module, nn.BatchNorm2d))
-    assert any(
-        bool((module.weight == 0).all())
-        for module in timm.create_model("resnet18").modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ), "timm starts the last norm of a block at 0: the difference is real"
+    depthwise = 0
+    for module in build_backbone(Backbone(name=name)).modules():
+        if isinstance(module, nn.Conv2d):
+            depthwise += module.groups > 1
+            std, error = std_of(module.weight)
+            assert abs(std - math.sqrt(2 / (module.out_channels * math.prod(module.kernel_size)))) < error
+        elif isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+            assert bool((module.bias == 0).all())
+    assert depthwise == (17 if name == "mobilenetv2_100" else 0)
+
+
+def test_every_layer_of_a_vit_starts_as_published() -> None:
+    """Everything truncated normal 0.02, but the patch embedding, which the published code leaves to torch."""
+    torch.manual_seed(0)
+    network = build_backbone(Backbone(name="vit_tiny_patch16_224"))
+    state = network.state_dict()
+    drawn = [key for key, value in state.items() if value.ndim > 1 and key != "patch_embed.proj.weight"]
+    assert len(drawn) == 50
+    for key in drawn:
+        std, error = std_of(state[key])
+        assert abs(std - 0.02) < error, key
+    for key, value in state.items():
+        if "norm" in key or (key.endswith("bias") and "patch_embed" not in key):
+            assert bool((value == (1 if key.endswith("weight") else 0)).all()), key
+    fan_in = 3 * 16 * 16
+    for key in ("patch_embed.proj.weight", "patch_embed.proj.bias"):
+        assert state[key].abs().max().item() == pytest.approx(1 / math.sqrt(fan_in), rel=0.05)
+    assert std_of(state["patch_embed.proj.weight"])[0] == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.02)
+
+
+def test_timm_starts_elsewhere_so_the_reference_initialisation_is_needed() -> None:
+    torch.manual_seed(0)
+    norms = [
+        m for m in build_backbone(Backbone(name="resnet18", init="timm")).modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    assert any(bool((norm.weight == 0).all()) for norm in norms)
+    mobile = build_backbone(Backbone(name="mobilenetv2_100", init="timm"))
+    assert mobile.get_parameter("blocks.5.0.conv_dw.weight").std().item() == pytest.approx(0.47, abs=0.02)
+    assert build_backbone(Backbone(name="vit_tiny_patch16_224", init="timm")).get_parameter("cls_token").std() < 1e-5
+
+
+def test_drop_path_rises_along_the_student_and_the_teacher_has_none() -> None:
+    backbone = build_backbone(
+        Backbone(name="vit_tiny_patch16_224", args={"dynamic_img_size": True, "drop_path_rate": 0.1})
+    )
+    teacher = EMATeacher(Branch(backbone, nn.Identity()))
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.blocks]  # type: ignore[union-attr]
+    assert rates == pytest.approx([0.1 * i / 11 for i in range(12)])
+    assert not [m for m in teacher.modules() if isinstance(m, DropPath) and m.drop_prob]
+    images = torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    assert teacher.training
+    assert torch.equal(teacher([images]), teacher([images]))
+    assert not torch.equal(backbone(images), backbone(images)), "the student does drop paths"
 
 
 def test_an_unknown_network_is_refused_with_near_names() -> None:

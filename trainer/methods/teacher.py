@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.models.backbones import Branch
+from trainer.models.backbones import Branch, stop_stochastic_depth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +29,8 @@ class EMA:
 class EMATeacher(nn.Module):
     """A copy of the student at first; its parameters follow, its BatchNorm statistics are those of its own input.
 
+    It drops no paths, however many the student drops.
+
     It stays outside the wrapped module, so that neither ZeRO shards it nor reduced precision stalls it: in bf16,
     1 - m = 0.0005 is below half a unit in the last place and most entries never move.
     source: SSLight model/dino.py (train mode, parameters averaged, buffers not)
@@ -37,6 +39,7 @@ class EMATeacher(nn.Module):
     def __init__(self, student: Branch) -> None:
         super().__init__()
         self.branch = copy.deepcopy(student).float().requires_grad_(False)
+        stop_stochastic_depth(self.branch)
 
     @torch.no_grad()
     def forward(self, views: list[Tensor]) -> Tensor:

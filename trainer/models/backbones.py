@@ -1,15 +1,17 @@
 """Backbones: any timm network that turns an image into one feature vector."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm
+from timm.layers import DropPath, PatchEmbed, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from trainer.models.norm import SyncBatchNorm
+from trainer.models.positions import resample_as_published
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,10 @@ class Backbone:
     init: Literal["reference", "timm"] = "reference"
     """reference: the initialisation of the SSLight code (its convolutions count fan-out without groups, the last
     BatchNorm of a residual block starts at 1); timm: whatever timm does."""
+    pos_embed: Literal["reference", "timm"] = "reference"
+    """How a vision transformer fits its position embeddings to other view sizes: reference: bicubic with the scale
+    factors of the SSLight and DINO code; timm: bicubic to the exact size, with antialiasing. Networks without position
+    embeddings have nothing to fit."""
     sync_batchnorm: bool = True
     """BatchNorm statistics over all ranks, so that the number of ranks does not change the training."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -45,20 +51,53 @@ def build_backbone(spec: Backbone, **overrides: Any) -> nn.Module:
         network: nn.Module = timm.create_model(spec.name, num_classes=0, **{**spec.args, **overrides})
     except TypeError as error:
         raise ValueError(f"backbone.args: timm's {spec.name} refused {spec.args}: {error}") from error
+    if not hasattr(network, "num_features"):
+        raise ValueError(f"backbone.args: {spec.args} leave timm's {spec.name} no feature vector; take them out")
     if spec.init == "reference":
         initialise_like_sslight(network)
+    if spec.pos_embed == "reference":
+        resample_as_published(network)
     return network
+
+
+@torch.no_grad()
+def check_sizes(network: nn.Module, sizes: Iterable[int]) -> None:
+    """Run two blank images of each size through the network, so that what does not fit is said before training.
+
+    raises: ValueError if it does not take a size, or yields something else than one feature vector an image
+    """
+    was_training = network.training
+    for size in sorted(set(sizes)):
+        try:
+            features = network.eval()(torch.zeros(2, 3, size, size))
+        except Exception as error:  # whatever a network says that it was not made for
+            raise ValueError(
+                f"backbone: the network does not take views of {size} px ({' '.join(str(error).split())}); give views "
+                "of a size that it takes, or let it take several: vision transformers of timm do with "
+                "backbone.args.dynamic_img_size=true, at multiples of their patch size"
+            ) from error
+        shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        if shape != (2, num_features(network)):
+            raise ValueError(
+                f"backbone: wanted one vector of {num_features(network)} features an image, and for 2 images of "
+                f"{size} px came {shape}; leave global_pool out of backbone.args, or choose another network"
+            )
+    network.train(was_training)
 
 
 @torch.no_grad()
 def initialise_like_sslight(network: nn.Module) -> None:
     """Draw the weights as the published code does (SSLight backbone/{mnv2,resnet,vision_transformer}.py).
 
-    Convolutions: normal, variance 2 / (k k C_out), depth-wise ones too. BatchNorm: 1 and 0, the last of a block
-    included. Linear layers, class token and position embedding: truncated normal 0.02, as in ViTs.
+    Convolutions: normal, variance 2 / (k k C_out), depth-wise ones too; a ViT's patch embedding as torch draws it.
+    BatchNorm: 1 and 0, the last of a block included. Linear layers, class token and position embedding: truncated
+    normal 0.02, as in ViTs.
     """
+    patches = {module.proj for module in network.modules() if isinstance(module, PatchEmbed)}
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if module in patches:
+            module.reset_parameters()  # type: ignore[operator]
+        elif isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size)
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
@@ -66,7 +105,7 @@ def initialise_like_sslight(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Conv2d | nn.Linear) and module not in patches and module.bias is not None:
             nn.init.zeros_(module.bias)
     for name, parameter in network.named_parameters():
         if name in ("cls_token", "pos_embed"):
@@ -81,9 +120,16 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     return SyncBatchNorm.convert(module)
 
 
+def stop_stochastic_depth(module: nn.Module) -> None:
+    """Drop no path any more, in training mode either."""
+    for inner in module.modules():
+        if isinstance(inner, DropPath):
+            inner.drop_prob = 0.0
+
+
 def num_features(network: nn.Module) -> int:
-    """The length of the network's feature vector."""
-    return int(network.num_features)  # type: ignore[arg-type]
+    """The length of the network's feature vector; some, such as MobileNetV3, widen it once more behind the pooling."""
+    return int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
 
 
 class Branch(nn.Module):
