@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks import step_peers as peers
 from trainer import distributed
 from trainer.assemble import build_method
-from trainer.engine import autocast, build_engine, load_ds_config
+from trainer.engine import autocast, build_engine, keep_rewritten, load_ds_config
 from trainer.loop import describe
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages, MetricLog, StepClock
@@ -166,18 +166,20 @@ def ours(recipe: Recipe, folder: Path) -> Case:
     )
     averages, clock = Averages(), StepClock(recipe.optim.global_batch)
     metrics = MetricLog(folder, 0, schedules.num_steps, tensorboard=True)
+    labels = torch.full((recipe.optim.global_batch,), -1, device=device)
     progress = schedules.at(2 * STEPS_PER_EPOCH)  # past the frozen first epoch, so that everything is updated
 
     def step() -> None:
         set_progress(engine.optimizer, progress, frozen=method.frozen(progress))
         with precision:
             teacher_output = teacher(method.teacher_views(views))
-        loss, parts = engine(views, teacher_output, progress)
+        loss, parts = engine(views, teacher_output, progress, labels)
         engine.backward(loss)
         engine.step()
         averages.add({"loss": loss, **parts, "bad_images_per_batch": 0})
         applied = engine.was_step_applied()
         method.after_step(applied=applied)
+        keep_rewritten(method.rewritten_parameters())
         if applied:
             teacher.follow(method.student, progress.momentum)
         clock.tick()

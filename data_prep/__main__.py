@@ -78,6 +78,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("out", type=Path, metavar="OUT.beton")
     command.add_argument("--split", help="take this part of the source, such as train")
     command.add_argument("--subset", type=Path, metavar="LIST", help="text file with the names to take, one a line")
+    command.add_argument("--allow-missing", action="store_true", help="take what is there of the LIST")
     command.add_argument("--unlabelled", action="store_true", help="take every image without a label")
     command.add_argument("--max-size", type=int, help="longest side in pixels, longer images are shrunk (default: 500)")
     command.add_argument("--quality", type=int, default=90, help="of the JPEG encoder (default: %(default)s)")
@@ -143,13 +144,14 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _convert_with(arguments: argparse.Namespace, scratch: Path) -> int:
     from data_prep.convert import convert
     from data_prep.images import Encoding
-    from data_prep.sources import list_source, read_names, take_subset
+    from data_prep.names import read_names
+    from data_prep.sources import list_source, take_subset
 
     listing = list_source(arguments.source, scratch=scratch, split=arguments.split, unlabelled=arguments.unlabelled)
     options: dict[str, Any] = {"split": arguments.split, "unlabelled": arguments.unlabelled, "subset_sha256": None}
     if arguments.subset is not None:
         names = read_names(arguments.subset)
-        listing = take_subset(listing, names, list_name=arguments.subset.name)
+        listing = take_subset(listing, names, list_name=arguments.subset.name, allow_missing=arguments.allow_missing)
         options["subset_sha256"] = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
     for note in listing.notes:
         print(f"{listing.name}: {note}", file=sys.stderr)

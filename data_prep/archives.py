@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from data_prep.folders import Found, is_image, label_by_folder
-from data_prep.listing import UNLABELLED, Item, Listing, SourceError, numbered_classes, some
+from data_prep.listing import UNLABELLED, Item, Listing, SourceError, numbered_classes
+from data_prep.names import some
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 COMPANIONS = (".cls", ".json", ".txt")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.listing import UNLABELLED, Item, Listing, SourceError, some
+from data_prep.listing import UNLABELLED, Item, Listing, SourceError
+from data_prep.names import some
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data_prep.listing import IMAGE_SUFFIXES, UNLABELLED, Item, Listing, Reader, SourceError, some
+from data_prep.listing import IMAGE_SUFFIXES, UNLABELLED, Item, Listing, Reader, SourceError
+from data_prep.names import some
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled"})
 

@@ -3,8 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
 from typing import Protocol
+
+from data_prep.names import NamesError, find_names
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".mpo"})
 UNLABELLED = -1
@@ -57,35 +58,19 @@ class Listing:
         return digest.hexdigest()
 
 
-def take_subset(listing: Listing, names: Sequence[str], *, list_name: str) -> Listing:
+def take_subset(listing: Listing, names: Sequence[str], *, list_name: str, allow_missing: bool = False) -> Listing:
     """Keep the named items only, in the listing's order; classes keep their labels.
 
     names: as in the listing, or bare file names as in the SimCLR lists
-    raises: SourceError for names that are unknown, or that fit several files
+    raises: SourceError for names that fit several files, or (unless allow_missing) none
     """
-    by_name = {item.name: item for item in listing.items}
-    by_file: dict[str, list[Item]] = {}
-    for item in listing.items:
-        by_file.setdefault(PurePosixPath(item.name).name, []).append(item)
-    chosen: set[str] = set()
-    unknown: list[str] = []
-    for name in names:
-        matches = [by_name[name]] if name in by_name else by_file.get(name, [])
-        if len(matches) > 1:
-            raise SourceError(
-                f"{list_name}: {name} fits {len(matches)} images of {listing.name} ({matches[0].name}, "
-                f"{matches[1].name} ...); write their paths below the source instead"
-            )
-        chosen.update(item.name for item in matches)
-        unknown += [] if matches else [name]
-    if unknown:
-        raise SourceError(
-            f"{list_name}: {len(unknown)} of {len(names)} names are not in {listing.name} "
-            f"({some(unknown)}); take them out of the list, or give the source that has them"
-        )
-    if not chosen:
-        raise SourceError(f"{list_name}: names no image; write one name a line")
-    return replace(listing, items=[item for item in listing.items if item.name in chosen])
+    try:
+        places = find_names([item.name for item in listing.items], names, allow_missing=allow_missing)
+    except NamesError as error:
+        raise SourceError(f"{list_name}, for {listing.name}: {error}") from None
+    taken = replace(listing, items=[listing.items[place] for place in places])
+    missing = len(set(names)) - len(places)
+    return replace(taken, notes=(*listing.notes, f"{missing} names of {list_name} are not there")) if missing else taken
 
 
 def numbered_classes(labels: Sequence[int], name: str) -> tuple[str, ...]:
@@ -95,18 +80,3 @@ def numbered_classes(labels: Sequence[int], name: str) -> tuple[str, ...]:
             f"{name}: label {max(labels)} is no class number (at most {MAX_CLASSES - 1}); number the classes from 0"
         )
     return tuple(str(number) for number in range(max(labels) + 1))
-
-
-def read_names(path: Path) -> list[str]:
-    """Names of a text file, one a line; empty lines do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: a text file with one image name a line was wanted ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few of many names, for a message."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more

@@ -20,17 +20,21 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.beton import RAW_MODE, BetonError, Layout, read_layout
+from data_prep.names import NamesError, find_names, read_names
 
 __all__ = [
     "SCHEMA_VERSION",
     "BetonError",
     "BetonInfo",
     "Manifest",
+    "NamesError",
     "file_sha256",
+    "find_names",
     "manifest_path",
     "open_beton",
     "read_labels",
     "read_manifest",
+    "read_names",
     "read_samples",
     "sample_names",
 ]

@@ -13,13 +13,12 @@ from data_prep.listing import (
     Reader,
     SourceError,
     numbered_classes,
-    read_names,
-    some,
     take_subset,
 )
+from data_prep.names import read_names, some
 from data_prep.tables import list_tables
 
-__all__ = ["Item", "Listing", "Reader", "SourceError", "list_source", "read_names", "take_subset"]
+__all__ = ["Item", "Listing", "Reader", "SourceError", "list_source", "take_subset"]
 
 LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
 

@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.listing import UNLABELLED, Item, Listing, SourceError, numbered_classes, some
+from data_prep.listing import UNLABELLED, Item, Listing, SourceError, numbered_classes
+from data_prep.names import some
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 """What a column of labels is called where the file does not say so itself; the first that is there counts."""

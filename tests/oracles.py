@@ -39,6 +39,31 @@ def dino_by_the_paper(
     return sum(of_globals) / len(of_globals), sum(of_locals) / len(of_locals)
 
 
+def sinkhorn_by_the_paper(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The published pseudo-code, exp() without a safety net; (B, K) scores -> (B, K) codes."""
+    codes = torch.exp(scores.double() / epsilon)
+    codes = codes / codes.sum()
+    batch, prototypes = codes.shape
+    for _ in range(iterations):
+        codes = codes / codes.sum(dim=0, keepdim=True) / prototypes
+        codes = codes / codes.sum(dim=1, keepdim=True) / batch
+    return codes * batch
+
+
+def swav_by_the_paper(scores: Tensor, codes: Tensor, temperature: float) -> tuple[float, float]:
+    """Means over global pairs and over global-local pairs; scores (V, B, K), codes (G, B, K)."""
+    of_globals, of_locals = [], []
+    for i, code_view in enumerate(codes.double()):
+        for v, score_view in enumerate(scores.double()):
+            if i != v:
+                pairs = [
+                    -(code * softmax(score / temperature).log()).sum().item()
+                    for code, score in zip(code_view, score_view, strict=True)
+                ]
+                (of_globals if v < len(codes) else of_locals).append(sum(pairs) / len(pairs))
+    return sum(of_globals) / len(of_globals), sum(of_locals) / len(of_locals)
+
+
 def info_nce_by_the_paper(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> float:
     """-log of the share that the own key gets of exp(similarity / T); query, key (D,), queue (D, Q)."""
     positive = math.exp(float(query.double() @ key.double()) / temperature)

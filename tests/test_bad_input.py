@@ -1,6 +1,7 @@
 """Whatever is wrong ends in one clear message, a code other than 0 on every rank, and nothing half-written."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,29 @@ def test_less_data_than_one_batch_is_refused(synthetic: Path, tmp_path: Path, sa
     assert pretrain(synthetic, tmp_path / "run", "optim.global_batch=128", "method.queue_size=128") == 2
     assert "less than one global batch of 128" in said[0]
     assert "128" in said[0]
+
+
+def test_a_subset_trains_on_what_it_lists_and_an_unknown_name_is_refused(
+    synthetic: Path, tmp_path: Path, said: Sequence[str]
+) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(sample_names(synthetic / "train.beton")[::2]))
+    assert pretrain(synthetic, tmp_path / "run", f"data.subset={tmp_path / 'list.txt'}") == 0
+    assert len(metrics(tmp_path / "run")) == 48 // 16
+    (tmp_path / "list.txt").write_text("nobody.jpg\n")
+    assert pretrain(synthetic, tmp_path / "run2", f"data.subset={tmp_path / 'list.txt'}") == 2
+    assert "1 of 1 names are not there (nobody.jpg)" in said[0]
+    assert not (tmp_path / "run2").exists()
+
+
+def test_a_probe_without_labels_is_refused(synthetic: Path, tmp_path: Path, said: Sequence[str]) -> None:
+    (tmp_path / "flat").mkdir()
+    for index, image in enumerate(sorted((synthetic / "images/train").rglob("*.jpg"))):
+        shutil.copy(image, tmp_path / f"flat/{index}.jpg")
+    assert data_prep(["convert", str(tmp_path / "flat"), str(tmp_path / "train.beton")]) == 0
+    assert pretrain(tmp_path, tmp_path / "run", "probe=true") == 2
+    assert f"{tmp_path / 'train.beton'} has images without a label" in said[0]
+    assert "set probe=false" in said[0]
+    assert pretrain(tmp_path, tmp_path / "run") == 0, "without a probe they are welcome"
 
 
 def test_another_recipes_run_directory_is_refused_with_the_difference(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import DEMO, TINY, TINY_MOCO, losses
+from tests.launch import DEMO, TINY, TINY_MOCO, losses, metrics
 from tests.spawn import run_ranks
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -13,6 +13,12 @@ DINO = (
     "method={name: dino, hidden_dim: 32, bottleneck_dim: 16, num_prototypes: 32, head_norm: true, "
     "warmup_teacher_temp_epochs: 1, global_weight: 0.4, local_weight: 0.6}"
 )
+SWAV = (
+    "method={name: swav, hidden_dim: 32, out_dim: 16, num_prototypes: 24, queue_size: 32, queue_start_epoch: 1, "
+    "global_weight: 0.4, local_weight: 0.6}",
+    "teacher={kind: none}",
+)
+"""Its queue is full, and its prototypes are thawed, in the second of the two epochs."""
 LIVELY = ("optim.base_lr=0.02", "optim.warmup_epochs=0", "evals.knn.every_epochs=0")
 VIT = ("backbone.name=vit_tiny_patch16_224", "backbone.args={img_size: 32, patch_size: 8, dynamic_img_size: true, "
        "embed_dim: 24, depth: 2, num_heads: 2}", "backbone.sync_batchnorm=false")  # fmt: skip
@@ -21,16 +27,21 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "moco-zero0": ((*TINY_MOCO, *LIVELY), None),
     "moco-zero1": ((*TINY_MOCO, *LIVELY), "zero1.json"),
     "dino-zero0": ((*TINY, DINO, *LIVELY), "zero0.json"),
+    "dino-probe": ((*TINY, DINO, *LIVELY, "probe=true"), "zero0.json"),
     "dino-zero1": ((*TINY, DINO, *LIVELY), "zero1.json"),
     "dino-bf16": ((*TINY, DINO, *LIVELY), "zero0_bf16.json"),
+    "dino-device": ((*TINY, DINO, *LIVELY, "views.photometric=device"), None),
     "dino-lars": ((*TINY, DINO, *LIVELY, "optim.name=lars"), None),
+    "swav-zero0": ((*TINY, *SWAV, *LIVELY), None),
+    "swav-zero1": ((*TINY, *SWAV, *LIVELY), "zero1.json"),
     "vit": ((*TINY_MOCO, *LIVELY, *VIT), None),
     "vit-accumulated": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), None),
 }
+PAUSED = ("dino-zero1", "dino-lars", "swav-zero0", "swav-zero1")
 
 
 def train_every_case(data: Path, out: Path) -> dict[str, float]:
-    """On one rank: each case's 12 steps; then DINO once more in two halves, as after a pause."""
+    """On one rank: each case's 12 steps; then some once more in two halves, as after a pause."""
     from trainer.loop import pretrain
     from trainer.recipe_file import load_recipe
 
@@ -40,7 +51,7 @@ def train_every_case(data: Path, out: Path) -> dict[str, float]:
 
     for name, (overrides, config) in CASES.items():
         train(name, overrides, config)
-    for method in ("dino-zero1", "dino-lars"):
+    for method in PAUSED:
         overrides, config = CASES[method]
         train(f"{method}-paused", overrides, config)
         forget_the_end(out / f"{method}-paused")
@@ -65,10 +76,12 @@ def runs(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Losses of every step of every case."""
     out = tmp_path_factory.mktemp("equivalence")
     run_ranks(train_every_case, synthetic, out, timeout_s=400)
-    return {path.name: losses(path) for path in out.iterdir()}
+    found = {path.name: losses(path) for path in out.iterdir()}
+    probed = metrics(out / "dino-probe")
+    return found | {f"dino-probe/{part}": {m["step"]: m[part] for m in probed} for part in ("loss/ssl", "probe/loss")}
 
 
-@pytest.mark.parametrize("method", ["moco", "dino"])
+@pytest.mark.parametrize("method", ["moco", "dino", "swav"])
 def test_zero_stages_train_the_same_to_the_bit(runs: dict[str, dict[int, float]], method: str) -> None:
     assert len(runs[f"{method}-zero0"]) == 12
     assert runs[f"{method}-zero1"] == runs[f"{method}-zero0"]
@@ -86,7 +99,21 @@ def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.05), "afterwards rounding grows, without a drift"
 
 
-@pytest.mark.parametrize("case", ["dino-zero1", "dino-lars"])
+def test_photometric_changes_on_the_device_train_nearly_the_same(runs: dict[str, dict[int, float]]) -> None:
+    ours, theirs = list(runs["dino-device"].values()), list(runs["dino-zero0"].values())
+    assert ours != theirs, "the two round differently"
+    assert ours[0] == pytest.approx(theirs[0], rel=0.01), "the same weights and draws, before any step"
+    assert sum(ours) == pytest.approx(sum(theirs), rel=0.05)
+
+
+def test_a_probe_changes_no_step_of_the_student_and_learns(runs: dict[str, dict[int, float]]) -> None:
+    assert runs["dino-probe/loss/ssl"] == runs["dino-zero0"]
+    of_probe = list(runs["dino-probe/probe/loss"].values())
+    assert runs["dino-probe"][0] == pytest.approx(runs["dino-zero0"][0] + of_probe[0], rel=1e-6)
+    assert sum(of_probe[6:]) < sum(of_probe[:6])
+
+
+@pytest.mark.parametrize("case", PAUSED)
 def test_a_paused_run_continues_to_the_bit(runs: dict[str, dict[int, float]], case: str) -> None:
     assert runs[f"{case}-paused"] == runs[case]
 

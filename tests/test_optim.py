@@ -57,7 +57,7 @@ def test_lars_equals_the_formula_over_ten_steps(adapts: bool, zero: str) -> None
 
 
 def test_groups_have_the_published_numbers_of_tensors_and_scalars() -> None:
-    """SSLight's joint probe (one matrix, one vector) is not in our network, so each count is less by it."""
+    """All seven published networks, probes included, are in tests/methods/test_probe.py; here without one."""
     backbone = build_backbone(Backbone(name="mobilenetv2_100"))
     method = DINOConfig(
         name="dino", num_prototypes=4096, head_norm=True, warmup_teacher_temp_epochs=50, global_weight=0.4,

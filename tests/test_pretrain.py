@@ -12,14 +12,14 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import DEMO, TINY_MOCO, launcher, losses, metrics, run, start
+from tests.launch import DEMO, TINY, TINY_MOCO, launcher, losses, metrics, run, start
 
 CHECKPOINTS = "run.checkpoint_every_epochs=0.5"
 
 
 def pretrain(kind: str, data: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
     paths = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"run.dir={run_dir}"]
-    return [*launcher(kind, ranks), "pretrain", str(DEMO), *TINY_MOCO, CHECKPOINTS, *paths, *overrides]
+    return [*launcher(kind, ranks), "pretrain", str(DEMO), *TINY_MOCO, CHECKPOINTS, "probe=true", *paths, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,15 @@ def test_a_run_directory_holds_what_the_documentation_says(straight: Path) -> No
     first = metrics(straight)[0]
     assert set(first) >= {
         "step", "epoch", "loss", "loss/global", "loss/local", "lr", "weight_decay", "momentum", "images_per_s",
-        "data_time_s", "step_time_s",
+        "data_time_s", "step_time_s", "loss/ssl", "probe/loss", "probe/accuracy",
     }  # fmt: skip
+    assert first["loss"] == pytest.approx(first["loss/ssl"] + first["probe/loss"], rel=1e-6)
     assert list(losses(straight)) == list(range(12))
     evaluations = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert sum("knn/student_top1" in record for record in evaluations) == 1
+    probed = [record["probe/val_accuracy"] for record in evaluations if "probe/val_accuracy" in record]
+    assert len(probed) == 2, "after every epoch"
+    assert all(0 <= accuracy <= 100 for accuracy in probed)
 
 
 def test_timm_loads_the_weights_of_a_run(straight: Path) -> None:
@@ -121,6 +125,19 @@ def test_a_finished_run_started_again_trains_nothing_and_keeps_its_records(strai
     output = run(pretrain("deepspeed", synthetic, straight))
     assert "continuing after step 12" in output
     assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_a_method_without_a_teacher_trains_stops_and_is_evaluated(synthetic: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    swav = ["method.queue_size=32", "method.queue_start_epoch=1", "method.num_prototypes=16", "optim.warmup_epochs=0"]
+    paths = [f"data.train={synthetic / 'train.beton'}", f"data.val={synthetic / 'val.beton'}", f"run.dir={run_dir}"]
+    recipe = str(DEMO.with_name("swav_sslight.yaml"))
+    run([*launcher("deepspeed"), "pretrain", recipe, *TINY, *swav, *paths])
+    assert list(losses(run_dir)) == list(range(12))
+    assert {path.name for path in (run_dir / "weights").iterdir()} == {"student"}
+    run([*launcher("python"), "evaluate", str(run_dir), "--protocol", "knn"])
+    report = json.loads((run_dir / "evals/knn-0000012.json").read_text())
+    assert list(report["results"]) == ["pixels", "untrained", "student"]
 
 
 def test_evaluate_reports_the_network_beside_pixels_and_the_untrained_one(straight: Path) -> None:

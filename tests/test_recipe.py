@@ -8,12 +8,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.recipe import Recipe, RecipeError
+from trainer.recipe import Recipe, RecipeError, what_shapes_training
 from trainer.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEMO = RECIPES / "smoke/moco_demo.yaml"
 DATA = "data.train=train.beton"
+EVERY = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "sweeps")
 
 
 def fault_of(*overrides: str, recipe: Path = DEMO) -> str:
@@ -28,7 +29,7 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return {key: value for name, branch in tree.items() for key, value in leaves(branch, f"{path}.{name}").items()}
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_says_what_it_claims(path: Path) -> None:
     load_recipe(path, [DATA])
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -36,13 +37,13 @@ def test_every_recipe_is_valid_and_says_what_it_claims(path: Path) -> None:
     assert any("--module trainer pretrain" in line and path.name in line for line in header)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_every_recipe_is_complete_but_for_its_paths(path: Path) -> None:
     """No default fills in what shapes a training; a reader sees all of it in the file."""
     resolved = leaves(load_recipe(path, [DATA]).plain())
     given_keys = set(leaves(yaml.safe_load(path.read_text())))
     silent = {key for key in resolved if not any(k.startswith(key) or key.startswith(k) for k in given_keys)}
-    optional = {".data.train", ".data.val", ".run.dir", ".backbone.args", ".optim.sgd_momentum"}
+    optional = {".data.train", ".data.val", ".data.subset", ".run.dir", ".backbone.args", ".optim.sgd_momentum"}
     assert {key for key in silent if not key.endswith(".ratio")} <= optional
 
 
@@ -80,17 +81,19 @@ def test_the_sslight_recipe_has_the_published_optimisation() -> None:
         ("optm.epochs=1", "optm: unknown key; did you mean optim?"),
         ("backbone.name=resnet19", "backbone.name must be a timm model, got 'resnet19'"),
         ("teacher.momentum=1.5", "teacher.momentum must lie in [0, 1], got 1.5"),
-        ("method.name=dyno", "method.name must be one of 'dino', 'moco', got 'dyno'"),
+        ("method.name=dyno", "method.name must be one of 'dino', 'moco', 'swav', got 'dyno'"),
         ("optim.epochs=-3", "optim.epochs must be above 0, got -3"),
         ("optim.epochs=ten", "optim.epochs: Input should be a valid integer"),
         ("views.local_views.scale=[0.5, 0.1]", "views.local_views.scale must be (low, high)"),
         ("views.global_views.blur_prob=[1, 0, 0]", "views.global_views.blur_prob must be one number, or one for each"),
         ("views.local_views.gray_prob=1.2", "gray_prob must lie in [0, 1], got 1.2"),
         ("method.local_weight=0.6", "local_weight is 0.6 but there are no local views"),
+        ("method.local_weight=-1", "global_weight and local_weight must be at least 0, got 1.0, -1.0"),
         ("views.global_views.count=1", "MoCo needs at least 2 global views (one key, one query), got 1"),
         ("method.queue_size=1000", "queue_size 1000 must be a multiple of optim.global_batch 64; 1024 is near"),
         ("teacher={kind: none}", "MoCo needs a teacher"),
         ("data.num_workers=0", "data.num_workers must be at least 1, got 0"),
+        ("evals.probe.every_epochs=-1", "evals.probe.every_epochs must be at least 0, got -1"),
         ("evals.knn.k=0", "evals.knn.k must be at least 1, got 0"),
         ("optim.warmup_epochs=.nan", "optim.warmup_epochs must lie in"),
         ("no_equals", "wanted key.sub=value"),
@@ -102,10 +105,68 @@ def test_a_fault_is_said_by_name(override: str, said: str) -> None:
     assert said in fault_of(override)
 
 
+SWAV = RECIPES / "smoke/swav_sslight.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.queue_size=200", "queue_size 200 must be a multiple of optim.global_batch 64, or 0 for no queue; 192"),
+        ("method.queue_size=60", "or 0 for no queue; 64 is near"),
+        ("teacher={kind: ema, momentum: 0.9, final_momentum: 1}", "SwAV has no teacher, got teacher.kind ema; set"),
+        ("views.global_views.count=1", "SwAV needs at least 2 global views, got 1"),
+        ("method.epsilon=0", "method.epsilon must be above 0, got 0"),
+        ("method.queue_start_epoch=-1", "method.queue_start_epoch must be at least 0, got -1"),
+    ],
+)
+def test_a_fault_in_swav_is_said_by_name(override: str, said: str) -> None:
+    assert said in fault_of(override, recipe=SWAV)
+
+
+@pytest.mark.parametrize("method", ["dino", "swav"])
+def test_global_only_refuses_local_views_and_needs_no_weights_for_them(method: str) -> None:
+    recipe = RECIPES / f"smoke/{method}_sslight.yaml"
+    said = fault_of("method.global_only=true", recipe=recipe)
+    assert "global_only leaves 4 local views without a use" in said
+    assert "set views.local_views.count=0" in said
+    alone = load_recipe(recipe, [DATA, "method.global_only=true", "views.local_views.count=0"])
+    assert alone.method.local_weight == 0.6, "not used, and so not refused"
+
+
+def test_clipping_beside_a_probe_is_refused_since_its_gradient_would_count() -> None:
+    assert "optim.gradient_clipping 3.0 cuts the norm" in fault_of("probe=true", "optim.gradient_clipping=3.0")
+
+
+def test_a_probe_shapes_the_training_and_how_often_it_is_evaluated_does_not() -> None:
+    plain = load_recipe(DEMO, [DATA]).plain()
+    probed = load_recipe(DEMO, [DATA, "probe=true"]).plain()
+    seldom = load_recipe(DEMO, [DATA, "evals.probe.every_epochs=7"]).plain()
+    assert what_shapes_training(probed) != what_shapes_training(plain)
+    assert what_shapes_training(seldom) == what_shapes_training(plain)
+
+
 def test_all_faults_come_in_one_report_with_the_file() -> None:
     lines = fault_of("method.temprature=1", "teacher.momentum=2", "optim.epochs=0").splitlines()
     assert len(lines) == 3
     assert all(line.startswith(f"{DEMO}: ") for line in lines)
+
+
+def test_the_device_computes_no_linear_colour() -> None:
+    assert "photometric device computes colour exactly" in fault_of("views.photometric=device", "views.colour=linear")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu", "on_gpu"),
+    [
+        ([], "cpu", "device"),
+        (["views.colour=linear"], "cpu", "cpu"),
+        (["views.photometric=cpu"], "cpu", "cpu"),
+        (["views.photometric=device"], "device", "device"),
+    ],
+)
+def test_where_the_photometric_changes_happen(overrides: list[str], on_cpu: str, on_gpu: str) -> None:
+    views = load_recipe(DEMO, [DATA, *overrides]).views
+    assert [views.photometric_on("cpu"), views.photometric_on("cuda")] == [on_cpu, on_gpu]
 
 
 def test_a_missing_path_is_asked_for() -> None:

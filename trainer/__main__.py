@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for override in overrides:
         if override.startswith("-") or "=" not in override:
             parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
-    if overrides and args.verb not in ("pretrain", "evaluate"):
+    if args.verb == "show" and args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
+    if overrides and args.verb not in ("pretrain", "evaluate", "show", "sweep"):
         parser.error(f"{args.verb} reads no recipe, so it takes no {overrides[0]!r}")
     _log_to_console()
     return _run(args, overrides)
@@ -41,7 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--deepspeed_config", type=Path, help="such as ds_configs/zero1.json; stage 0 without")
     evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a network has learnt")
     evaluate.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="or a timm name, for timm's own weights")
-    evaluate.add_argument("--protocol", required=True, choices=("knn",))
+    evaluate.add_argument("--protocol", required=True, choices=("knn", "linear_cached"))
+    show = verbs.add_parser("show", help="print what a recipe decides, and draw its views of data.train")
+    show.add_argument("recipe", type=Path)
+    show.add_argument("--out", type=Path, help="the contact sheet, a PNG (default: RECIPE.views.png)")
+    show.add_argument("--images", type=int, default=6, help="images on the contact sheet (default: %(default)s)")
+    sweep = verbs.add_parser("sweep", help="train and compare the cases of a study, such as those of recipes/sweeps")
+    sweep.add_argument("sweep", type=Path)
+    sweep.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/sweeps/NAME)")
+    sweep.add_argument("--launcher", help="starts each run, such as 'deepspeed --num_gpus 8 --module'")
     imports = verbs.add_parser("import-weights", help="turn a published SSLight checkpoint into weights folders")
     imports.add_argument("source", type=Path, metavar="FILE.pth.tar")
     imports.add_argument("folder", type=Path, help="where to: its student/ and teacher/ load in timm")
@@ -78,22 +88,29 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.recipe import RecipeError
     from trainer.recipe_file import load_recipe
     from trainer.run_dir import RunDirError
+    from trainer.show import show
+    from trainer.sweep import SweepError, sweep
     from trainer.weights import WeightsError
 
     try:
-        if args.verb == "pretrain":
-            pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
-        elif args.verb == "import-weights":
-            published.import_weights(args.source, args.folder, args.backbone)
-        elif args.verb == "export":
-            published.export(args.source, args.file)
-        else:
-            evaluate(args.run, args.protocol, overrides)
+        match args.verb:
+            case "pretrain":
+                pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+            case "evaluate":
+                evaluate(args.run, args.protocol, overrides)
+            case "show":
+                show(args.recipe, overrides, out=args.out, num_images=args.images)
+            case "sweep":
+                sweep(args.sweep, overrides, out=args.out, launcher=args.launcher)
+            case "import-weights":
+                published.import_weights(args.source, args.folder, args.backbone)
+            case "export":
+                published.export(args.source, args.file)
     except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
             log.error("%s", error)
         return 2
-    except (DataError, CheckpointError, TrainingError) as error:
+    except (DataError, CheckpointError, TrainingError, SweepError) as error:
         log.error("%s", error)
         return 1
     return 0

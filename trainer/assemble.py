@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_prep.schema import open_beton
+from data_prep.schema import BetonInfo, open_beton, read_labels
 from trainer import distributed
 from trainer.data.loader import ViewLoader
+from trainer.data.subset import read_subset
 from trainer.engine import build_engine
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
@@ -47,12 +48,29 @@ def count_steps(recipe: Recipe) -> int:
                 f"data.val is there to evaluate with, and {unlabelled[0]} has no labels; convert class folders, or "
                 "train without data.val"
             )
-    if train.num_samples < recipe.optim.global_batch:
+    if recipe.probe:
+        count_classes(train)
+    subset = read_subset(recipe.data.train, recipe.data.subset)
+    num_samples = train.num_samples if subset is None else len(subset)
+    if num_samples < recipe.optim.global_batch:
         raise RecipeError(
-            f"data.train {recipe.data.train} holds {train.num_samples} images, less than one global batch of "
-            f"{recipe.optim.global_batch}; lower optim.global_batch or convert more images"
+            f"data.train {recipe.data.train} holds {num_samples} images{'' if subset is None else ' of data.subset'}, "
+            f"less than one global batch of {recipe.optim.global_batch}; lower optim.global_batch or give more images"
         )
-    return train.num_samples // recipe.optim.global_batch
+    return num_samples // recipe.optim.global_batch
+
+
+def count_classes(beton: BetonInfo) -> int:
+    """How many classes the probe has to tell apart.
+
+    raises: RecipeError if images have no label
+    """
+    if not beton.labelled:
+        raise RecipeError(
+            f"probe: true trains a classifier, and {beton.path} has images without a label; convert class folders, or "
+            "set probe=false"
+        )
+    return len(beton.classes) if beton.classes else int(read_labels(beton.path).max()) + 1
 
 
 def check_backbone(recipe: Recipe) -> None:
@@ -70,25 +88,36 @@ def check_backbone(recipe: Recipe) -> None:
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
     """Build every part, the same on every rank."""
     schedules = recipe.schedules(count_steps(recipe))
-    loader = build_loader(recipe)
-    method = build_method(recipe)
+    loader = build_loader(recipe, device)
+    method = build_method(recipe, num_classes=count_classes(open_beton(recipe.data.train)) if recipe.probe else None)
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
     method.to(device)
-    teacher = EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
+    teacher = build_teacher(recipe, method)
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
     seed_everything(recipe.seed, distributed.rank())
     return Assembly(loader, schedules, method, teacher, engine)
 
 
-def build_method(recipe: Recipe) -> Method:
-    """The method with its freshly initialised networks: a pure function of the recipe's seed."""
+def build_method(recipe: Recipe, *, num_classes: int | None = None) -> Method:
+    """The method with its freshly initialised networks, a pure function of the recipe's seed.
+
+    num_classes: of the probe, which comes last, so that it shifts no other draw; None for no probe
+    """
     seed_everything(recipe.seed)
-    return recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
+    method = recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)
+    if num_classes is not None:
+        method.add_probe(num_classes)
+    return method
 
 
-def build_loader(recipe: Recipe) -> ViewLoader:
+def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | None:
+    """The teacher that a run of the recipe starts with."""
+    return EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
+
+
+def build_loader(recipe: Recipe, device: torch.device) -> ViewLoader:
     """This rank's share of the training views."""
     views, data = recipe.views, recipe.data
     return ViewLoader(
@@ -99,9 +128,11 @@ def build_loader(recipe: Recipe) -> ViewLoader:
         rank=distributed.rank(),
         world=distributed.world(),
         num_workers=data.num_workers,
+        subset=read_subset(data.train, data.subset),
         on_bad_image=data.on_bad_image,
         resize=views.resize,
         colour=views.colour,
+        photometric=views.photometric_on(device.type),
     )
 
 

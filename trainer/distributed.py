@@ -73,6 +73,11 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks(tensor) / world()
 
 
+def logsumexp_over_ranks(tensor: Tensor) -> Tensor:
+    """log(sum over ranks of exp(tensor)), elementwise, of a tensor that has the same shape on each; never overflows."""
+    return gather_equal_rows(tensor[None]).logsumexp(0)
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """Every rank's rows, in rank order; the ranks may hold different numbers of rows, none included.
 

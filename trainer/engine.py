@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,14 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: di
         # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back (LOG.md).
         engine.allreduce_no_retain = lambda *_, **__: None
     return engine
+
+
+def keep_rewritten(parameters: Iterable[nn.Parameter]) -> None:
+    """Let the optimizer's own copies follow parameters that a method has changed; ZeRO 1 would undo the change."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for parameter in parameters:
+        safe_set_full_fp32_param(parameter, parameter.detach().float())  # stage 0 has no copies and does nothing
 
 
 def _import_deepspeed() -> Any:

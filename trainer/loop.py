@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from trainer import checkpoint, distributed, run_dir, weights
 from trainer.assemble import Assembly, assemble, check_backbone, count_steps
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
-from trainer.engine import autocast, load_ds_config
+from trainer.engine import autocast, keep_rewritten, load_ds_config
 from trainer.evals.knn import evaluate_branches
+from trainer.evals.probe import evaluate_probe
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.optim import set_progress
 from trainer.recipe import Recipe
@@ -47,7 +49,7 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     next_step = checkpoint.resume(folder, run.engine, run.method, run.teacher)
     announce(recipe, run, next_step)
 
-    schedules, optim, knn, keep = run.schedules, recipe.optim, recipe.evals.knn, recipe.run.keep_checkpoints
+    schedules, optim, keep = run.schedules, recipe.optim, recipe.run.keep_checkpoints
     precision = autocast(ds_config, device)
     checkpoint_steps = max(1, round(recipe.run.checkpoint_every_epochs * schedules.steps_per_epoch))
     averages, clock = Averages(), StepClock(optim.global_batch)
@@ -63,15 +65,16 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                 progress = schedules.at(step)
                 set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
                 for _ in range(optim.accumulation):
-                    views, num_bad = clock.waits_for(to_device, batches, recipe, device)
+                    views, labels, num_bad = clock.waits_for(to_device, batches, recipe, device)
                     with precision:
                         teacher_output = run.teacher and run.teacher(run.method.teacher_views(views))
-                    loss, parts = run.engine(views, teacher_output, progress)
+                    loss, parts = run.engine(views, teacher_output, progress, labels)
                     run.engine.backward(loss)
                     run.engine.step()
                     averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
                 run.method.after_step(applied=applied)
+                keep_rewritten(run.method.rewritten_parameters())
                 if run.teacher is not None and applied:
                     run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
@@ -89,25 +92,47 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                     weights.save(folder, recipe, run.method, run.teacher)
                     clock.resume()
             batches.close()
-            if recipe.data.val is not None and knn.every_epochs and ((epoch + 1) % knn.every_epochs == 0 or is_last):
-                accuracies = evaluate_branches(recipe, run.method, run.teacher, device)
+            accuracies = evaluate(recipe, run, epoch, device, is_last=is_last)
+            if accuracies:
                 metrics.write({"step": step, "epoch": epoch, **accuracies})
-                log.info("epoch %d  k-NN %s", epoch, brief(accuracies))
+                log.info("epoch %d  %s", epoch, brief(accuracies))
     if distributed.is_main():
         run_dir.write_text(folder / SUCCESS, f"{next_step} steps\n")
         log.info("finished %d steps; the run is in %s", next_step, folder)
 
 
+def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device, *, is_last: bool) -> dict[str, float]:
+    """The accuracies that are due after an epoch, under the names of metrics.jsonl; none without val images."""
+    if recipe.data.val is None:
+        return {}
+
+    def is_due(every_epochs: int) -> bool:
+        return every_epochs > 0 and (is_last or (epoch + 1) % every_epochs == 0)
+
+    accuracies: dict[str, float] = {}
+    if is_due(recipe.evals.knn.every_epochs):
+        accuracies |= evaluate_branches(recipe, run.method, run.teacher, device)
+    if recipe.probe and is_due(recipe.evals.probe.every_epochs):
+        accuracies |= evaluate_probe(recipe, run.method, device)
+    return accuracies
+
+
 def brief(accuracies: dict[str, float]) -> str:
     """The top-1 of each network, for one line."""
-    top1 = {name: value for name, value in accuracies.items() if name.endswith("top1")}
-    return ", ".join(f"{name.removeprefix('knn/').removesuffix('_top1')} {value:.2f} %" for name, value in top1.items())
+    return ", ".join(
+        f"{name} {value:.2f} %" for name, value in accuracies.items() if name.endswith(("top1", "accuracy"))
+    )
 
 
-def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], int]:
-    """The next batch's views, normalised, one (V_i * B, 3, S_i, S_i) tensor per size; how many images were bad."""
+def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Tensor, int]:
+    """The next batch: normalised views, one (V_i * B, 3, S_i, S_i) tensor per size; labels; number of bad images."""
     batch, views = next(batches), recipe.views
-    return [to_float(group, device, views.mean, views.std) for group in batch.views], batch.num_bad
+    changes = batch.params or repeat(None, len(batch.views))  # photometric ones, where the device makes them
+    floats = [
+        to_float(group, device, views.mean, views.std, params=params)
+        for group, params in zip(batch.views, changes, strict=True)
+    ]
+    return floats, batch.labels.to(device, non_blocking=True), batch.num_bad
 
 
 def describe(progress: Progress) -> dict[str, Any]:
@@ -143,6 +168,8 @@ def announce(recipe: Recipe, run: Assembly, step: int) -> None:
     log.info("%s: %.2f M parameters in the backbone, %.2f M trained; views %s", names, backbone, trained, views)
     amount = f"{run.loader.num_samples} images, {recipe.optim.epochs} epochs of {run.schedules.steps_per_epoch} steps"
     share = f"global batch {recipe.optim.global_batch} on {distributed.world()} ranks"
+    where = recipe.views.photometric_on(distributed.local_device().type)
+    log.info("photometric changes on the %s; views in %d threads a rank", where, recipe.data.num_workers)
     log.info("%s, %s; %s", amount, share, f"continuing after step {step}" if step else f"a new run in {recipe.run.dir}")
     if recipe.data.val is None:
-        log.info("no data.val, so no k-NN during training")
+        log.info("no data.val, so no evaluation during training")

@@ -112,7 +112,8 @@ def read(path: Path) -> Checkpoint:
             name = rest.removeprefix("backbone.").removeprefix("encoder.")
             checkpoint.backbones.setdefault(ours[branch], {})[name] = value
         elif branch in ours and rest.startswith("head."):
-            checkpoint.heads.setdefault(ours[branch], {})[rest.removeprefix("head.")] = value
+            name = rest.removeprefix("head.").removeprefix("projection.")  # SwAV's prototypes stand beside it
+            checkpoint.heads.setdefault(ours[branch], {})[name] = value
         elif key in ("classifier.weight", "classifier.bias", "queue", "queue_ptr"):
             checkpoint.left_out.append(key)
         else:
@@ -203,7 +204,9 @@ def export(source: Path, file: Path) -> None:
         names = published_names(config["architecture"], network)
         tensors = network.state_dict().values()
         state |= {f"{prefix}backbone.{name}": value for name, value in zip(names, tensors, strict=True)}
-        state |= {f"{prefix}head.{name}": value for name, value in weights.load_head(root / ours).items()}
+        nested = "projection." if method == "swav" else ""
+        for name, value in weights.load_head(root / ours).items():
+            state[f"{prefix}head.{nested if name.startswith('mlp.') else ''}{name}"] = value
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     torch.save({**facts, "state_dict": OrderedDict(state)}, temporary)

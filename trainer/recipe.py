@@ -85,13 +85,26 @@ class Views:
     resize: Literal["bicubic", "triangle"] = "bicubic"
     colour: Literal["exact", "linear"] = "exact"
     """exact: as torchvision, clamped after every change; linear: one matrix, faster, other on saturated pixels."""
+    photometric: Literal["cpu", "device", "auto"] = "auto"
+    """Where colour, blur and solarisation happen: in the loader's threads, or batched on the accelerator from the same
+    drawn values (a few levels of 255 apart); auto: on the accelerator, if there is one and colour is exact."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.photometric == "device" and self.colour == "linear":
+            raise ValueError("photometric device computes colour exactly; set colour to exact, or photometric to cpu")
 
     @property
     def counts(self) -> ViewCounts:
         """How many of each."""
         return ViewCounts(self.global_views.count, self.local_views.count)
+
+    def photometric_on(self, device_type: str) -> Literal["cpu", "device"]:
+        """Where the photometric changes of a run on such a device happen."""
+        if self.photometric == "auto":
+            return "cpu" if device_type == "cpu" or self.colour == "linear" else "device"
+        return self.photometric
 
     def each(self) -> list[View]:
         """Every view's settings, in order."""
@@ -105,6 +118,8 @@ class Data:
     train: Path
     val: Path | None = None
     """Labelled; needed by evaluations only."""
+    subset: Path | None = None
+    """Use only the train images that this text file lists: names, or sample ids, one a line."""
     num_workers: int
     """Loader threads a rank."""
     on_bad_image: Literal["fail", "replace"] = "fail"
@@ -135,10 +150,22 @@ class KNN:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeEval:
+    """Accuracy of the joint probe on val images, which are read as k-NN reads them."""
+
+    every_epochs: int
+    """0 for never; without `probe: true` there is nothing to evaluate."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, every_epochs=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evals:
     """Evaluations during training; `trainer evaluate` takes its settings from here too."""
 
     knn: KNN
+    probe: ProbeEval = ProbeEval(every_epochs=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +225,8 @@ class Recipe:
     method: Annotated[AnyMethod, Field(discriminator="name")]
     teacher: Teacher
     backbone: Backbone
+    probe: bool = False
+    """Train a linear classifier on the student's detached features beside it; needs labels, changes no student."""
     views: Views
     data: Data
     optim: Optim

@@ -29,16 +29,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, train_if_missing: Path | None = None) -> Recipe:
     """Read a recipe, apply dotted `key=value` overrides, and check all of it.
 
+    train_if_missing: stands for data.train where nothing gives one, for those who only look at a recipe
     raises: RecipeError with one line a fault: the file, the key, what was wanted, what came
     """
-    tree = _read(path)
+    tree = read_yaml(path)
     for override in overrides:
         _apply(tree, override)
     if isinstance(tree.get("run"), dict):
         tree["run"].setdefault("dir", f"runs/{path.stem}")
+    if train_if_missing is not None and isinstance(tree.setdefault("data", {}), dict):
+        tree["data"].setdefault("train", str(train_if_missing))
     recipe = _validate(ADAPTER, tree, path)
     fault = _cross_check(recipe)
     if fault:
@@ -68,7 +71,8 @@ def _validate(adapter: TypeAdapter[Settings], tree: dict[str, Any], path: Path) 
         raise RecipeError("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. raises: RecipeError where there is none."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe; wanted the path of a YAML file, such as those in recipes/")
     try:
@@ -100,7 +104,14 @@ def _cross_check(recipe: Recipe) -> str | None:
     fault = recipe.method.check(
         recipe.views.counts, teacher=recipe.teacher.kind, global_batch=recipe.optim.global_batch
     )
-    return None if fault is None else f"method.{recipe.method.name}: {fault}"
+    if fault is not None:
+        return f"method.{recipe.method.name}: {fault}"
+    if recipe.probe and recipe.optim.gradient_clipping > 0:
+        return (
+            f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "
+            "among them, which must not change the student; set probe=false, or optim.gradient_clipping=0"
+        )
+    return None
 
 
 def _faults(error: ValidationError) -> Iterator[str]:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.names import NamesError, read_names
 from data_prep.schema import read_rows, row_text
-from data_prep.sources import SourceError, list_source, read_names, take_subset
+from data_prep.sources import SourceError, list_source, take_subset
 
 
 def make(root: Path, *names: str) -> Path:
@@ -108,8 +109,13 @@ def test_a_subset_is_named_by_path_or_by_file_name(tmp_path: Path) -> None:
 
 def test_unknown_and_ambiguous_names_of_a_subset_are_refused(tmp_path: Path) -> None:
     listing = list_source(make(tmp_path, "a/1.jpg", "b/1.jpg"))
-    with pytest.raises(SourceError, match=r"list: 7 of 8 names .*x0, x1, x2, x3, x4 and 2 more"):
+    with pytest.raises(SourceError, match=r"list, for .*: 7 of 8 names .*x0, x1, x2, x3, x4 and 2 more"):
         take_subset(listing, ["a/1.jpg", *(f"x{number}" for number in range(7))], list_name="list")
+    taken = take_subset(listing, ["a/1.jpg", "x0", "x1"], list_name="list", allow_missing=True)
+    assert [item.name for item in taken.items] == ["a/1.jpg"]
+    assert taken.notes == ("2 names of list are not there",)
+    with pytest.raises(SourceError, match="names no image"):
+        take_subset(listing, ["x0"], list_name="list", allow_missing=True)
     with pytest.raises(SourceError, match=r"1.jpg fits 2 images .*a/1.jpg, b/1.jpg"):
         take_subset(listing, ["1.jpg"], list_name="list")
     with pytest.raises(SourceError, match="names no image"):
@@ -119,7 +125,7 @@ def test_unknown_and_ambiguous_names_of_a_subset_are_refused(tmp_path: Path) -> 
 def test_names_are_read_without_empty_lines(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("a.jpg\n\n  b.jpg  \r\n")
     assert read_names(tmp_path / "list") == ["a.jpg", "b.jpg"]
-    with pytest.raises(SourceError, match="a text file"):
+    with pytest.raises(NamesError, match="a text file"):
         read_names(tmp_path / "none")
 
 

@@ -1,4 +1,4 @@
-"""DINO's and MoCo's objectives against the published fixtures and against the papers' formulas."""
+"""DINO's, SwAV's and MoCo's objectives against the published fixtures and against the papers' formulas."""
 
 import pytest
 import torch
@@ -7,9 +7,17 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.oracles import dino_by_the_paper, info_nce_by_the_paper, unit_rows, waves
-from trainer.methods.losses import dino_loss, info_nce, weigh
+from trainer.methods.losses import dino_targets, info_nce, swapped_prediction, weigh
 
 WEIGHTS = {"baseline": (1 / 7, 6 / 7), "sslight": (0.4, 0.6), "global only": (1.0, 0.0), "local only": (0.0, 1.0)}
+
+
+def dino_loss(
+    student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor, *, student_temp: float, teacher_temp: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """DINO's two terms, from the teacher's logits."""
+    targets = dino_targets(teacher, center, temperature=teacher_temp)
+    return swapped_prediction(student, targets, temperature=student_temp)
 
 
 def dino_fixture(center: torch.Tensor, teacher_temp: float, weights: tuple[float, float]) -> float:
@@ -104,6 +112,23 @@ def test_losses_stay_in_full_precision_under_autocast() -> None:
     assert torch.equal(lowered, info_nce(keys[None], keys, queue, temperature=0.2))
 
 
-def test_dino_refuses_a_single_global_view() -> None:
+def test_a_single_global_view_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 global views, got 1"):
         dino_loss(torch.zeros(3, 1, 4), torch.zeros(1, 1, 4), torch.zeros(4), student_temp=0.1, teacher_temp=0.04)
+
+
+@pytest.mark.parametrize(("num_prototypes", "expected"), [(4096, 8.317766), (65_536, 11.090355), (3000, 8.006368)])
+def test_logits_that_say_nothing_lose_the_logarithm_of_the_number_of_prototypes(
+    num_prototypes: int, expected: float
+) -> None:
+    flat = torch.zeros(3, 2, num_prototypes)
+    targets = torch.rand(2, 2, num_prototypes, generator=torch.Generator().manual_seed(0)).mul(9).softmax(-1)
+    for loss in swapped_prediction(flat, targets, temperature=0.1):
+        assert loss is not None
+        assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_query_that_knows_nothing_of_65536_negatives_is_at_chance() -> None:
+    queue = F.normalize(torch.ones(2, 65_536), dim=0)
+    query = F.normalize(torch.tensor([[[1.0, -1.0]]]), dim=-1)
+    assert info_nce(query, queue[:, 0][None], queue, temperature=0.2).item() == pytest.approx(11.090370, abs=1e-5)

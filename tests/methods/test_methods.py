@@ -1,12 +1,14 @@
 """DINO and MoCo as modules: centre, queue, teacher, freezing, and what a skipped step must leave alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.oracles import waves
+from tests.oracles import unit_rows, waves
 from tests.spawn import run_ranks
 from trainer import distributed
 from trainer.methods.dino import DINO, DINOConfig
@@ -65,6 +67,27 @@ def test_the_centre_after_one_step_is_the_published_one() -> None:
     method.after_step(applied=True)
     expected = [.02881914, -.01370622, -.04051493, -.02086597, .02270959, .04024450, .01163185, -.03031882]  # fmt: skip
     assert method.center.tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_dinos_steps_have_the_published_losses() -> None:
+    """The second one's centre has moved; the eighth-of-a-batch fixture, through the module."""
+    method = dino()
+    student, teacher = waves(32, 8, 0.37, 0.91).view(8, 4, 8), waves(8, 8, 0.53, 1.13).view(2, 4, 8)
+    for expected in (10.454348, 10.458574):
+        assert method.objective(student, teacher, progress()).total.item() == pytest.approx(expected, abs=5e-6)
+        method.after_step(applied=True)
+    assert dino().objective(student, teacher, progress(epoch=49)).total.item() == pytest.approx(10.451325, abs=5e-6)
+
+
+def test_mocos_step_has_the_published_loss() -> None:
+    """The first query is global, the other six are local."""
+    method = moco()
+    queries, keys = unit_rows(waves(28, 8, 0.37, 0.91)).view(7, 4, 8), unit_rows(waves(4, 8, 0.53, 1.13))
+    method.queue.keys.copy_(unit_rows(waves(8, 16, 0.29, 0.77).T).T)
+    loss = method.objective(queries, keys[None], progress())
+    assert loss.total.item() == pytest.approx(2.502839, abs=5e-6)
+    assert float(loss.parts["loss/global"]) == pytest.approx(1.064989, abs=5e-6)
+    assert float(loss.parts["loss/local"]) == pytest.approx(3.461405, abs=5e-6)
 
 
 def test_two_micro_batches_move_the_centre_as_one_batch_does() -> None:
@@ -205,3 +228,28 @@ def test_the_teacher_starts_as_the_student_and_ends_between_both() -> None:
     teacher.follow(method.student, 0.75)
     for old, new, goal in zip(before, teacher.parameters(), method.student.parameters(), strict=True):
         assert torch.allclose(new, 0.75 * old + 0.25 * goal.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [dino, moco])
+def test_global_only_is_the_global_term_alone_with_weight_one(make: type[DINO] | type[MoCo]) -> None:
+    method = make()
+    method.config = replace(method.config, global_only=True, global_weight=0.4)
+    method.counts = ViewCounts(2, 0)
+    views, teacher = some_views()[:1], EMATeacher(method.student)
+    loss = method(views, teacher(method.teacher_views(views)), progress())
+    assert torch.equal(loss.total, loss.parts["loss/global"])
+    assert "loss/local" not in loss.parts
+
+
+@pytest.mark.parametrize("make", [dino, moco])
+def test_a_forward_takes_one_pass_of_the_backbone_a_view_size_and_one_of_the_head(
+    make: type[DINO] | type[MoCo],
+) -> None:
+    method, rows = make(), []
+    for module in (method.student.backbone, method.student.head):
+        module.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    views, teacher = some_views(), EMATeacher(method.student)
+    rows.clear()
+    method(views, teacher(method.teacher_views(views)), progress())
+    of_teacher, of_student = ([8, 8], [8, 24, 32]) if make is dino else ([4, 4], [4, 24, 28])
+    assert rows == of_teacher + of_student

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trainer.methods.dino import DINOConfig
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.moco import MoCoConfig
+from trainer.methods.swav import SwAVConfig
 from trainer.methods.teacher import EMATeacher
 from trainer.models.backbones import Backbone, Branch, build_backbone, check_sizes, num_features
 
@@ -70,6 +71,9 @@ def test_heads_have_the_published_sizes() -> None:
     mobile = build_backbone(Backbone(name="mobilenetv2_100"))
     moco = MoCoConfig(name="moco", queue_size=8, global_weight=0.4, local_weight=0.6).build(mobile, ViewCounts(2, 6))
     assert count(moco.student.head) == 2_885_760
+    swav = SwAVConfig(name="swav", num_prototypes=3000, queue_size=8, global_weight=0.4, local_weight=0.6)
+    built = swav.build(mobile, ViewCounts(2, 6))
+    assert (count(built.student.head), count(built.prototypes)) == (5_779_584, 384_000)
 
 
 def std_of(weight: Tensor) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """`trainer evaluate`: one protocol on a run, a table for people, a JSON with everything that the numbers depend on."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,45 @@ from rich.table import Table
 
 from data_prep.schema import read_manifest
 from trainer import distributed
-from trainer.evals import knn
+from trainer.evals import knn, linear
 from trainer.evals.sources import Source, open_source
-from trainer.recipe import RecipeError
 from trainer.run_dir import environment, write_json
 
 log = logging.getLogger(__name__)
 
 
-def run_knn(source: Source) -> dict[str, dict[str, float]]:
-    """k-NN of every network of the source."""
+Results = dict[str, dict[str, float]]
+"""network -> measure -> value."""
+
+
+def run_knn(source: Source) -> tuple[dict[str, Any], Results]:
+    """k-NN of every network of the source, and its settings."""
     recipe = source.recipe
-    if recipe.data.val is None:
-        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
     device = distributed.local_device()
     networks = {name: network.to(device) for name, network in source.networks.items()}
-    return knn.evaluate(networks, recipe.data.train, recipe.data.val, recipe.evals.knn, knn.reader_of(recipe, device))
+    settings = dataclasses.asdict(recipe.evals.knn)
+    return settings, knn.evaluate(networks, recipe.data, recipe.evals.knn, knn.reader_of(recipe, device))
+
+
+def run_linear_cached(source: Source) -> tuple[dict[str, Any], Results]:
+    """A linear classifier on cached features of every network of the source; images are read as k-NN reads them."""
+    recipe = source.recipe
+    device = distributed.local_device()
+    networks = {name: network.to(device) for name, network in source.networks.items()}
+    train, val = knn.labelled_features(networks, recipe.data, knn.reader_of(recipe, device))
+    settings = {key: getattr(recipe.evals.knn, key) for key in ("size", "resize")}
+    settings |= {
+        "solver": "L-BFGS",
+        "weight_decays": linear.WEIGHT_DECAYS,
+        "chosen_on": f"1/{linear.HELD_OUT} of train",
+    }
+    return settings, {name: linear.linear_accuracy(train[name], val[name]) for name in networks}
 
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.1, 5
 """Below either, features are called collapsed: one point has a spread of 0, one line 1 effective direction."""
 
-EVALS = {"knn": run_knn}
+EVALS = {"knn": run_knn, "linear_cached": run_linear_cached}
 """The protocols by name; a new one is one file and one line here."""
 
 
@@ -38,19 +56,19 @@ def evaluate(named: Path, protocol: str, overrides: list[str]) -> None:
     """Evaluate a run, a weights folder or a timm network: a table, and a JSON report beside the weights."""
     distributed.start(distributed.local_device())
     source = open_source(named, protocol, overrides)
-    results = EVALS[protocol](source)
+    settings, results = EVALS[protocol](source)
     if distributed.is_main():
         source.report.parent.mkdir(exist_ok=True)
-        write_json(source.report, _report(source, protocol, results))
-        _print(protocol, source, results)
+        write_json(source.report, _report(source, protocol, settings, results))
+        _print(protocol, source, settings, results)
         log.info("written to %s", source.report)
 
 
-def _report(source: Source, protocol: str, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _report(source: Source, protocol: str, settings: dict[str, Any], results: Results) -> dict[str, Any]:
     plain = source.recipe.plain()
     return {
         "protocol": protocol,
-        "settings": plain["evals"][protocol],
+        "settings": settings,
         "step": source.step,
         "seed": source.recipe.seed,
         "data": {name: _data_id(Path(plain["data"][name])) for name in ("train", "val")},
@@ -66,22 +84,24 @@ def _data_id(beton: Path) -> dict[str, Any]:
     return {"path": str(beton), "bytes": beton.stat().st_size, "sha256": sha256}
 
 
-def _print(protocol: str, source: Source, results: dict[str, dict[str, float]]) -> None:
-    settings = source.recipe.evals.knn
-    table = Table(
-        title=f"{protocol}, k {settings.k}, T {settings.temperature}, {settings.size} px; "
-        f"val {source.recipe.data.val}, bank {source.recipe.data.train}"
-    )
-    for column in ("features", "top-1 %", "top-5 %", "RankMe", "std x sqrt(D)"):
+COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "rank_me": "RankMe", "feature_std": "std x sqrt(D)"}
+
+
+def _print(protocol: str, source: Source, settings: dict[str, Any], results: Results) -> None:
+    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("every_epochs", "batch_size"))
+    data = source.recipe.data
+    table = Table(title=f"{protocol} ({shown}); train {data.train}, val {data.val}")
+    columns = {key: title for key, title in COLUMNS.items() if key in next(iter(results.values()))}
+    for column in ("features", *columns.values()):
         table.add_column(column, justify="left" if column == "features" else "right")
     for name, values in results.items():
-        table.add_row(name, *(f"{values[key]:.2f}" for key in ("top1", "top5", "rank_me", "feature_std")))
+        table.add_row(name, *(f"{values[key]:.2f}" for key in columns))
     Console(width=120).print(table)
     for line in verdict(results):
         log.info("%s", line)
 
 
-def verdict(results: dict[str, dict[str, float]]) -> list[str]:
+def verdict(results: Results) -> list[str]:
     """What the table says, in words: by how much training beat what it must beat, and whether features collapsed.
 
     A collapse would be a spread near 0 or fewer directions than there are classes to tell apart; both are read off
@@ -92,10 +112,13 @@ def verdict(results: dict[str, dict[str, float]]) -> list[str]:
         mine = results[name]
         gains = [f"{mine['top1'] - results[other]['top1']:+.2f} over {other}" for other in ("pixels", "untrained")]
         error = (mine["top1"] * (100 - mine["top1"]) / mine["num_images"]) ** 0.5
-        collapsed = mine["feature_std"] < COLLAPSED_STD or mine["rank_me"] < COLLAPSED_RANK
-        lines.append(
-            f"{name}: {', '.join(gains)} points of top-1 (one standard error is {error:.2f}); features "
-            + ("HAVE COLLAPSED" if collapsed else "have not collapsed")
-            + f": {mine['rank_me']:.0f} effective directions (RankMe), spread {mine['feature_std']:.2f} of 1"
-        )
+        line = f"{name}: {', '.join(gains)} points of top-1 (one standard error is {error:.2f})"
+        lines.append(line + _collapse(mine) if "rank_me" in mine else line)
     return lines
+
+
+def _collapse(mine: dict[str, float]) -> str:
+    collapsed = mine["feature_std"] < COLLAPSED_STD or mine["rank_me"] < COLLAPSED_RANK
+    verb = "HAVE COLLAPSED" if collapsed else "have not collapsed"
+    directions = f"{mine['rank_me']:.0f} effective directions (RankMe)"
+    return f"; features {verb}: {directions}, spread {mine['feature_std']:.2f} of 1"

@@ -1,5 +1,6 @@
 """Features of every image of a beton, each image counted once over all ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,9 @@ class ImageReader:
     device: torch.device
 
     @torch.no_grad()
-    def features(self, networks: dict[str, nn.Module], beton: Path) -> dict[str, Features]:
+    def features(
+        self, networks: dict[str, nn.Module], beton: Path, subset: Sequence[int] | None = None
+    ) -> dict[str, Features]:
         """Each network's features in eval mode, read in one pass over the data; modes are put back afterwards."""
         loader = ViewLoader(
             beton,
@@ -57,6 +60,7 @@ class ImageReader:
             rank=distributed.rank(),
             world=distributed.world(),
             num_workers=self.num_workers,
+            subset=subset,
             shuffle=False,
             drop_last=False,
         )

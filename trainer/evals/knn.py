@@ -1,17 +1,16 @@
 """Weighted k-nearest-neighbour accuracy: val images vote among train images, without any training."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer import distributed
+from trainer.data.subset import read_subset
 from trainer.evals.collapse import feature_std, rank_me
 from trainer.evals.features import Features, ImageReader
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
-from trainer.recipe import KNN, Evaluation, Recipe, RecipeError
+from trainer.recipe import KNN, Data, Evaluation, Recipe, RecipeError
 
 
 @torch.no_grad()
@@ -50,17 +49,31 @@ def knn_accuracy(train: Features, val: Features, *, k: int, temperature: float) 
     return {"top1": top1, "top5": top5, "num_images": len(val.labels)}
 
 
-def evaluate(
-    networks: dict[str, nn.Module], train: Path, val: Path, settings: KNN, reader: ImageReader
-) -> dict[str, dict[str, float]]:
-    """k-NN accuracy and collapse measures of each network, with the train images as the bank.
+def labelled_features(
+    networks: dict[str, nn.Module], data: Data, reader: ImageReader
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """Each network's features of the train images (of the subset) and of the val images.
 
-    raises: RecipeError if either beton has images without a label
+    raises: RecipeError if there are no val images, or images without a label
     """
-    banks, queries = reader.features(networks, train), reader.features(networks, val)
-    for path, features in ((train, banks), (val, queries)):
+    if data.val is None:
+        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
+    train = reader.features(networks, data.train, read_subset(data.train, data.subset))
+    val = reader.features(networks, data.val)
+    for path, features in ((data.train, train), (data.val, val)):
         if any((feature.labels < 0).any() for feature in features.values()):
-            raise RecipeError(f"k-NN needs labels, and {path} has images without; convert class folders for evaluation")
+            raise RecipeError(f"evaluation needs labels, and {path} has images without; convert class folders for it")
+    return train, val
+
+
+def evaluate(
+    networks: dict[str, nn.Module], data: Data, settings: KNN, reader: ImageReader
+) -> dict[str, dict[str, float]]:
+    """k-NN accuracy and collapse measures of each network, with the train images (of the subset) as the bank.
+
+    raises: RecipeError if there are no val images, or images without a label
+    """
+    banks, queries = labelled_features(networks, data, reader)
     return {
         name: knn_accuracy(banks[name], queries[name], k=settings.k, temperature=settings.temperature)
         | {"rank_me": rank_me(queries[name].vectors), "feature_std": feature_std(queries[name].vectors)}
@@ -86,9 +99,8 @@ def evaluate_branches(
     recipe: Recipe, method: Method, teacher: EMATeacher | None, device: torch.device
 ) -> dict[str, float]:
     """Student's and teacher's k-NN during training, under the names of metrics.jsonl."""
-    assert recipe.data.val is not None
     networks: dict[str, nn.Module] = {"student": method.student.backbone}
     if teacher is not None:
         networks["teacher"] = teacher.branch.backbone
-    results = evaluate(networks, recipe.data.train, recipe.data.val, recipe.evals.knn, reader_of(recipe, device))
+    results = evaluate(networks, recipe.data, recipe.evals.knn, reader_of(recipe, device))
     return {f"knn/{name}_{key}": value for name, result in results.items() for key, value in result.items()}

@@ -2,5 +2,6 @@
 
 from trainer.methods.dino import DINOConfig
 from trainer.methods.moco import MoCoConfig
+from trainer.methods.swav import SwAVConfig
 
-AnyMethod = DINOConfig | MoCoConfig
+AnyMethod = DINOConfig | MoCoConfig | SwAVConfig

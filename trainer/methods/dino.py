@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, per_view, split_views
-from trainer.methods.losses import dino_loss, weigh
+from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
+from trainer.methods.losses import dino_targets, mean_entropy, swapped_prediction
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import DINOHead
 from trainer.schedules import Progress, ramp
@@ -37,6 +37,8 @@ class DINOConfig:
     """Weight of the mean over pairs of global views (alpha in SSLight)."""
     local_weight: float
     """Weight of the mean over global-local pairs (beta in SSLight)."""
+    global_only: bool = False
+    """The global term alone, with weight 1; the two weights are then not used, and there may be no local views."""
 
     def __post_init__(self) -> None:
         for field in ("student_temp", "teacher_temp", "warmup_teacher_temp", "num_prototypes"):
@@ -87,36 +89,28 @@ class DINO(Method):
         config = self.config
         return ramp(config.warmup_teacher_temp, config.teacher_temp, progress.epoch, config.warmup_teacher_temp_epochs)
 
-    def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
+    def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
         """Every student view against the teacher's other global views."""
-        batch = self.batch_size(views)
-        student = per_view(self.student(views), batch)
-        teacher = per_view(teacher, batch)
+        assert teacher is not None
         teacher_temp = self.teacher_temp(progress)
-        global_loss, local_loss = dino_loss(
-            student, teacher, self.center, student_temp=self.config.student_temp, teacher_temp=teacher_temp
-        )
+        targets = dino_targets(teacher, self.center, temperature=teacher_temp)
+        loss = weighted(self.config, *swapped_prediction(student, targets, temperature=self.config.student_temp))
         self._remember(teacher)
-        total = weigh(
-            global_loss, local_loss, global_weight=self.config.global_weight, local_weight=self.config.local_weight
-        )
-        parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach(), "teacher_temp": teacher_temp}
-        if local_loss is not None:
-            parts["loss/local"] = local_loss.detach()
-        return LossOut(total, parts | self._health(teacher, teacher_temp))
+        return LossOut(loss.total, loss.parts | {"teacher_temp": teacher_temp} | self._health(targets))
 
     @torch.no_grad()
-    def _health(self, teacher: Tensor, teacher_temp: float) -> dict[str, Tensor | float]:
-        """Entropy 0 or ln K, or a KL divergence of 0 between teacher rows, would be a collapse."""
-        log_probs = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1).flatten(0, 1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-        mean_probs = log_probs.exp().mean(0)
-        entropy_of_mean = -(mean_probs * mean_probs.clamp_min(1e-12).log()).sum()
-        return {"teacher_entropy": entropy, "prototype_entropy": entropy_of_mean, "center_norm": self.center.norm()}
+    def _health(self, targets: Tensor) -> dict[str, Tensor | float]:
+        """Entropy 0 or ln K, or a mean target as sharp as each target, would be a collapse."""
+        mean_target = targets.mean((0, 1))
+        return {
+            "teacher_entropy": mean_entropy(targets),
+            "prototype_entropy": torch.special.entr(mean_target).sum(),
+            "center_norm": self.center.norm(),
+        }
 
     @torch.no_grad()
     def _remember(self, teacher: Tensor) -> None:
-        self._teacher_sums.append(teacher.float().sum((0, 1)))
+        self._teacher_sums.append(teacher.sum((0, 1), dtype=torch.float32))
         self._teacher_rows += teacher.shape[0] * teacher.shape[1]
 
     @torch.no_grad()

@@ -1,11 +1,13 @@
 """What every method is: a student with an objective, which the engine wraps, and state that follows the steps."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from trainer.models.backbones import Branch
+from trainer.methods.losses import weigh
+from trainer.methods.probe import LinearProbe
+from trainer.models.backbones import Branch, num_features
 from trainer.schedules import Progress
 
 
@@ -39,28 +41,61 @@ class Method(nn.Module, ABC):
 
     The loop calls, for every micro-batch, `teacher_views` -> teacher -> `forward`; after every step `after_step`.
     Whatever a method learns from a micro-batch for its buffers it keeps aside until the step was really applied.
+    Nothing here may read a value from the device: that would stop the host until the device has caught up.
     """
 
     def __init__(self, student: Branch, counts: ViewCounts) -> None:
         super().__init__()
         self.student = student
         self.counts = counts
+        self.probe: LinearProbe | None = None
+
+    def add_probe(self, num_classes: int) -> None:
+        """Let a linear classifier train beside the student, on features that it cannot change."""
+        self.probe = LinearProbe(num_features(self.student.backbone), num_classes)
+
+    def student_views(self, views: list[Tensor]) -> list[Tensor]:
+        """The views that the student sees: one (V_i * B, 3, S_i, S_i) tensor per size, view-major, globals first."""
+        return views
 
     @abstractmethod
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
-        """The views that the teacher sees, in the student's form: one (V_i * B, 3, S_i, S_i) tensor per size."""
+        """The views that the teacher sees, in the same form; a method without a teacher is not asked."""
 
     @abstractmethod
-    def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
+    def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
         """The loss of one micro-batch.
 
-        views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major, globals first
-        teacher: (V_t * B, D) the teacher's head output for `teacher_views(views)`
+        student: (V, B, D) the student's head output for `student_views`
+        teacher: (T, B, D) the teacher's for `teacher_views`; None without a teacher
         """
+
+    def forward(
+        self, views: list[Tensor], teacher: Tensor | None, progress: Progress, labels: Tensor | None = None
+    ) -> LossOut:
+        """The student on its views, the objective, and beside it the probe's loss on the student's first view.
+
+        views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major, globals first
+        teacher: (T * B, D) the teacher's head output for `teacher_views(views)`; None without a teacher
+        labels: (B,), for the probe alone
+        """
+        batch = self.batch_size(views)
+        features = self.student.features(self.student_views(views))
+        student = per_view(self.student.head(features), batch)
+        loss = self.objective(student, None if teacher is None else per_view(teacher, batch), progress)
+        if self.probe is None:
+            return loss
+        assert labels is not None
+        of_probe, parts = self.probe.loss(features[:batch], labels)
+        return LossOut(loss.total + of_probe, loss.parts | {"loss/ssl": loss.total.detach()} | parts)
 
     @abstractmethod
     def after_step(self, *, applied: bool) -> None:
         """Move the method's buffers by what the step's micro-batches brought; drop that if the step was skipped."""
+
+    def rewritten_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `after_step` changes itself; the engine's own copies must follow."""
+        return []
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that stay as they are while `frozen(progress)` holds."""
@@ -93,10 +128,43 @@ def per_view(rows: Tensor, batch_size: int) -> Tensor:
     return rows.view(-1, batch_size, rows.shape[-1])
 
 
-def check_weights(config: Any, counts: ViewCounts) -> str | None:
+class LossWeights(Protocol):
+    """The fields that every method's config has for SSLight's two terms."""
+
+    @property
+    def global_weight(self) -> float:
+        """Weight of the mean over global pairs (alpha)."""
+
+    @property
+    def local_weight(self) -> float:
+        """Weight of the mean over global-local pairs (beta)."""
+
+    @property
+    def global_only(self) -> bool:
+        """The global term alone, with weight 1; the two weights are then not used."""
+
+
+def weighted(config: LossWeights, global_loss: Tensor, local_loss: Tensor | None) -> LossOut:
+    """The two terms under the config's weights, and each for itself."""
+    global_weight = 1.0 if config.global_only else config.global_weight
+    total = weigh(global_loss, local_loss, global_weight=global_weight, local_weight=config.local_weight)
+    parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach()}
+    if local_loss is not None:
+        parts["loss/local"] = local_loss.detach()
+    return LossOut(total, parts)
+
+
+def check_weights(config: LossWeights, counts: ViewCounts) -> str | None:
     """The two SSLight weights must be ones that the views can use."""
+    if config.global_only:
+        if counts.local_views == 0:
+            return None
+        return (
+            f"global_only leaves {counts.local_views} local views without a use, and cutting and forwarding them costs "
+            "most of a step; set views.local_views.count=0, or global_only=false"
+        )
     if min(config.global_weight, config.local_weight) < 0:
         return f"global_weight and local_weight must be at least 0, got {config.global_weight}, {config.local_weight}"
     if counts.local_views == 0 and config.local_weight > 0:
-        return f"local_weight is {config.local_weight} but there are no local views; set it to 0, or add local views"
+        return f"local_weight is {config.local_weight} but there are no local views; set global_only=true, or add some"
     return None

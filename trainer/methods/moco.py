@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, per_view, split_views
-from trainer.methods.losses import info_nce, weigh
+from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
+from trainer.methods.losses import info_nce
 from trainer.methods.queue import KeyQueue
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import MoCoHead
@@ -28,6 +28,8 @@ class MoCoConfig:
     """Weight of the global query's loss (alpha in SSLight)."""
     local_weight: float
     """Weight of the mean over local queries (beta in SSLight)."""
+    global_only: bool = False
+    """The global term alone, with weight 1; the two weights are then not used, and there may be no local views."""
 
     def __post_init__(self) -> None:
         for field in ("temperature", "queue_size", "hidden_dim", "out_dim"):
@@ -64,27 +66,24 @@ class MoCo(Method):
         self.queue = KeyQueue(config.out_dim, config.queue_size)
         self._new_keys: list[Tensor] = []
 
+    def student_views(self, views: list[Tensor]) -> list[Tensor]:
+        """All but the first view."""
+        return split_views(views, self.batch_size(views))[1]
+
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
         """The first view."""
         return split_views(views, self.batch_size(views))[0]
 
-    def forward(self, views: list[Tensor], teacher: Tensor, progress: Progress) -> LossOut:
+    def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
         """Each query's InfoNCE against its own key and the queue."""
-        batch = self.batch_size(views)
-        queries = per_view(self.student(split_views(views, batch)[1]), batch)
-        losses = info_nce(queries, teacher, self.queue.keys, temperature=self.config.temperature)
-        self._new_keys.append(teacher.detach())
+        assert teacher is not None
+        (keys,) = teacher
+        losses = info_nce(student, keys, self.queue.keys, temperature=self.config.temperature)
+        self._new_keys.append(keys.detach())
         num_global_queries = self.counts.global_views - 1
-        global_loss = losses[:num_global_queries].mean()
         local_loss = losses[num_global_queries:].mean() if self.counts.local_views else None
-        total = weigh(
-            global_loss, local_loss, global_weight=self.config.global_weight, local_weight=self.config.local_weight
-        )
-        alignment = self._alignment(queries[0], teacher)
-        parts: dict[str, Tensor | float] = {"loss/global": global_loss.detach(), "positive_similarity": alignment}
-        if local_loss is not None:
-            parts["loss/local"] = local_loss.detach()
-        return LossOut(total, parts)
+        loss = weighted(self.config, losses[:num_global_queries].mean(), local_loss)
+        return LossOut(loss.total, loss.parts | {"positive_similarity": self._alignment(student[0], keys)})
 
     @staticmethod
     @torch.no_grad()

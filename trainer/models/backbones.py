@@ -140,12 +140,15 @@ class Branch(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, views: list[Tensor]) -> Tensor:
-        """Project every view: one pass of the backbone per size, one pass of the head over all of them.
+    def features(self, views: list[Tensor]) -> Tensor:
+        """The backbone's features of every view, one pass a size: (sum of V_i * B, embed_dim).
 
         views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major
-        returns: (sum of V_i * B, D)
         source: SSLight backbone/layer.py; statistics of BatchNorm are per size in the backbone, common in the head
         """
-        output: Tensor = self.head(torch.cat([self.backbone(group) for group in views]))
+        return torch.cat([self.backbone(group) for group in views])
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Project every view, with one pass of the head over all of them: (sum of V_i * B, D)."""
+        output: Tensor = self.head(self.features(views))
         return output

@@ -78,3 +78,47 @@ class MoCoHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, embed_dim) -> (B, out_dim), each row of length 1."""
         return F.normalize(self.mlp(x), dim=-1)
+
+
+class SwAVHead(nn.Module):
+    """MLP with one hidden layer and BatchNorm, to unit vectors: (B, D) -> (B, out_dim).
+
+    source: SwAV, arXiv 2006.09882; hidden size and initialisation as SSLight model/swav.py
+    """
+
+    def __init__(self, embed_dim: int, *, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.mlp = mlp([embed_dim, hidden_dim, out_dim], activation=nn.ReLU, norm=True)
+        initialise_linears(self.mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, embed_dim) -> (B, out_dim), each row of length 1."""
+        return F.normalize(self.mlp(x), dim=-1)
+
+
+class Prototypes(nn.Module):
+    """Unit vectors in the space of embeddings; whoever steps them calls `renormalise` before the next forward."""
+
+    def __init__(self, embed_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_prototypes, embed_dim))
+        self.renormalise()
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Give every prototype length 1 again, in the parameter itself."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(..., D) unit embeddings -> (..., K) cosines in full precision: a temperature of 0.05 follows."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.linear(embeddings.float(), self.weight)
+
+
+@torch.no_grad()
+def initialise_linears(module: nn.Module) -> None:
+    """Draw the weights of linear layers from N(0, 0.01), biases 0, as SSLight model/swav.py does throughout."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
