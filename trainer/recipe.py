@@ -169,6 +169,28 @@ class Evals:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Normalisation:
+    """How pixels become a ready network's input; named as in a recipe's views."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What an evaluation of ready weights depends on: the part of a recipe that it would read, under the same keys."""
+
+    seed: int = 0
+    data: Data
+    evals: Evals
+    views: Normalisation
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain YAML types."""
+        return typing.cast("dict[str, Any]", EVALUATION.dump_python(self, mode="json"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Where a run lives and what it writes; nothing here changes the training."""
 
@@ -266,5 +288,6 @@ def dataclasses_in(hint: Any) -> list[type]:
     return [inner for arg in typing.get_args(hint) for inner in dataclasses_in(arg)]
 
 
-_forbid_unknown_keys(Recipe)
-ADAPTER = TypeAdapter(Recipe)
+for _whole in (Recipe, Evaluation):
+    _forbid_unknown_keys(_whole)
+ADAPTER, EVALUATION = TypeAdapter(Recipe), TypeAdapter(Evaluation)

@@ -1,17 +1,19 @@
 """Recipes from YAML: the only reader, which reports every fault at once and names the nearest known key."""
 
 import difflib
+import os
 import typing
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from trainer.recipe import ADAPTER, Recipe, RecipeError, dataclasses_in
+from trainer.recipe import ADAPTER, EVALUATION, Evaluation, Recipe, RecipeError, dataclasses_in
 
+Settings = TypeVar("Settings")
 TAGGED = ("method", "teacher")
 """Blocks that are one of several dataclasses; pydantic puts which one behind their name in a fault's location."""
 
@@ -40,14 +42,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, train_if_missing: 
         tree["run"].setdefault("dir", f"runs/{path.stem}")
     if train_if_missing is not None and isinstance(tree.setdefault("data", {}), dict):
         tree["data"].setdefault("train", str(train_if_missing))
-    try:
-        recipe = ADAPTER.validate_python(tree)
-    except ValidationError as error:
-        raise RecipeError("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
+    recipe = _validate(ADAPTER, tree, path)
     fault = _cross_check(recipe)
     if fault:
         raise RecipeError(f"{path}: {fault}")
     return recipe
+
+
+def load_evaluation(source: Path, mean: Sequence[float], std: Sequence[float], overrides: Sequence[str]) -> Evaluation:
+    """The settings to evaluate ready weights with: defaults and `key=value` as for a recipe, data.train= among them.
+
+    raises: RecipeError with one line a fault
+    """
+    tree: dict[str, Any] = {
+        "data": {"num_workers": len(os.sched_getaffinity(0))},
+        "evals": {"knn": {"every_epochs": 0}},
+        "views": {"mean": list(mean), "std": list(std)},
+    }
+    for override in overrides:
+        _apply(tree, override)
+    return _validate(EVALUATION, tree, source)
+
+
+def _validate(adapter: TypeAdapter[Settings], tree: dict[str, Any], path: Path) -> Settings:
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{path}: {fault}" for fault in _faults(error))) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

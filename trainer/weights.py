@@ -95,10 +95,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     raises: WeightsError if the folder is none, or its tensors and its architecture differ
     """
-    for name in (MODEL, CONFIG):
-        if not (folder / name).is_file():
-            raise WeightsError(f"{folder}: no {name}; wanted a folder such as runs/NAME/weights/student")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder)
     spec = spec_of(config)
     network = build_backbone(spec)
     state: dict[str, Tensor] = load_file(folder / MODEL)
@@ -107,6 +104,15 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         odd = f"missing {missing[:3]}, unexpected {unexpected[:3]}"
         raise WeightsError(f"{folder}: its tensors do not fit {spec.name} {spec.args}: {odd}")
     return network, config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A weights folder's timm config; WeightsError if the folder is none."""
+    for name in (MODEL, CONFIG):
+        if not (folder / name).is_file():
+            raise WeightsError(f"{folder}: no {name}; wanted a folder such as runs/NAME/weights/student")
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return config
 
 
 def spec_of(config: dict[str, Any]) -> Backbone:

@@ -11,7 +11,7 @@ from rich.table import Table
 from data_prep.schema import read_manifest
 from trainer import distributed
 from trainer.evals import knn, linear
-from trainer.evals.sources import Source, open_run
+from trainer.evals.sources import Source, open_source
 from trainer.run_dir import environment, write_json
 
 log = logging.getLogger(__name__)
@@ -52,31 +52,24 @@ EVALS = {"knn": run_knn, "linear_cached": run_linear_cached}
 """The protocols by name; a new one is one file and one line here."""
 
 
-def evaluate(run: Path, protocol: str, overrides: list[str]) -> None:
-    """Evaluate, print the table and write evals/PROTOCOL-step.json into the run."""
+def evaluate(named: Path, protocol: str, overrides: list[str]) -> None:
+    """Evaluate a run, a weights folder or a timm network: a table, and a JSON report beside the weights."""
     distributed.start(distributed.local_device())
-    source = open_run(run, overrides)
+    source = open_source(named, protocol, overrides)
     settings, results = EVALS[protocol](source)
     if distributed.is_main():
-        step = _last_step(run)
-        path = run / "evals" / f"{protocol}-{step:07d}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, _report(source, protocol, step, settings, results))
+        source.report.parent.mkdir(exist_ok=True)
+        write_json(source.report, _report(source, protocol, settings, results))
         _print(protocol, source, settings, results)
-        log.info("written to %s", path)
+        log.info("written to %s", source.report)
 
 
-def _last_step(run: Path) -> int:
-    latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    return int(latest.removeprefix("step_"))
-
-
-def _report(source: Source, protocol: str, step: int, settings: dict[str, Any], results: Results) -> dict[str, Any]:
+def _report(source: Source, protocol: str, settings: dict[str, Any], results: Results) -> dict[str, Any]:
     plain = source.recipe.plain()
     return {
         "protocol": protocol,
         "settings": settings,
-        "step": step,
+        "step": source.step,
         "seed": source.recipe.seed,
         "data": {name: _data_id(Path(plain["data"][name])) for name in ("train", "val")},
         "results": {name: {"origin": source.origins[name], **values} for name, values in results.items()},

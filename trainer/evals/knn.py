@@ -10,7 +10,7 @@ from trainer.evals.collapse import feature_std, rank_me
 from trainer.evals.features import Features, ImageReader
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
-from trainer.recipe import KNN, Data, Recipe, RecipeError
+from trainer.recipe import KNN, Data, Evaluation, Recipe, RecipeError
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def evaluate(
     }
 
 
-def reader_of(recipe: Recipe, device: torch.device) -> ImageReader:
+def reader_of(recipe: Recipe | Evaluation, device: torch.device) -> ImageReader:
     """How the recipe's k-NN reads images."""
     knn = recipe.evals.knn
     return ImageReader(

@@ -1,47 +1,124 @@
 """What can be evaluated: a run of ours, a weights folder, a timm network; always beside what it must beat."""
 
-import hashlib
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import timm
 from torch import nn
 
 from trainer import weights
 from trainer.assemble import build_method, seed_everything
 from trainer.evals.features import Pixels
-from trainer.recipe import Recipe, RecipeError
-from trainer.recipe_file import load_recipe
+from trainer.models.backbones import Backbone, build_backbone, check_sizes
+from trainer.recipe import Evaluation, Recipe, RecipeError
+from trainer.recipe_file import load_evaluation, load_recipe
 
 
 @dataclass
 class Source:
-    """Networks to evaluate by name, and where each came from."""
+    """Networks to evaluate by name, where each came from, and where the report goes."""
 
-    recipe: Recipe
-    networks: dict[str, nn.Module]
-    origins: dict[str, str] = field(default_factory=dict)
+    recipe: Recipe | Evaluation
+    report: Path
+    step: int | None
+    """After how many steps of training; None where nobody knows."""
+    networks: dict[str, nn.Module] = field(default_factory=lambda: {"pixels": Pixels()})
+    origins: dict[str, str] = field(default_factory=lambda: {"pixels": "16 x 16 raw pixels"})
     """What identifies each network: the hash of its weights, or how it was made."""
 
 
-def open_run(run_dir: Path, overrides: list[str]) -> Source:
-    """A run's student and teacher, with the untrained network of the same recipe and raw pixels beside them.
+def open_source(source: Path, protocol: str, overrides: list[str]) -> Source:
+    """Whatever the user named, with the untrained network of the same architecture and raw pixels beside it.
 
-    raises: RecipeError if the folder holds no run with weights; WeightsError if weights and recipe differ
+    raises: RecipeError if it is nothing that can be evaluated; WeightsError if weights and architecture differ
     """
-    if not (run_dir / "resolved.yaml").is_file():
-        raise RecipeError(f"{run_dir}: no resolved.yaml; wanted the run.dir of a `trainer pretrain`")
+    if (source / "resolved.yaml").is_file():
+        opened = _open_run(source, protocol, overrides)
+    elif folders := sorted(path.parent for path in (*source.glob(weights.MODEL), *source.glob(f"*/{weights.MODEL}"))):
+        opened = _open_weights(source, folders, protocol, overrides)
+    elif timm.is_model(str(source)):
+        opened = _open_timm(str(source), protocol, overrides)
+    else:
+        raise RecipeError(
+            f"{source}: no resolved.yaml, no {weights.MODEL}, no timm network; wanted the run.dir of a `trainer "
+            "pretrain`, a weights folder, or a timm name such as resnet18"
+        )
+    try:
+        check_sizes(opened.networks["untrained"], [opened.recipe.evals.knn.size])
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error} (or set evals.knn.size)") from error
+    seed_everything(opened.recipe.seed)
+    return opened
+
+
+def _open_run(run_dir: Path, protocol: str, overrides: list[str]) -> Source:
+    """A run's student and teacher."""
     recipe = load_recipe(run_dir / "resolved.yaml", overrides)
-    branches = sorted(path.parent for path in (run_dir / "weights").glob(f"*/{weights.MODEL}"))
-    if not branches:
+    folders = sorted(path.parent for path in (run_dir / "weights").glob(f"*/{weights.MODEL}"))
+    if not folders:
         raise RecipeError(f"{run_dir}: no weights yet; the run has not reached its first checkpoint")
-    source = Source(
-        recipe,
-        {"pixels": Pixels(), "untrained": build_method(recipe).student.backbone},
-        {"pixels": "16 x 16 raw pixels", "untrained": f"the same network as initialised by seed {recipe.seed}"},
-    )
-    for folder in branches:
-        source.networks[folder.name] = weights.load_backbone(folder)[0]
-        with (folder / weights.MODEL).open("rb") as file:
-            source.origins[folder.name] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    seed_everything(recipe.seed)
+    latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    step = int(latest.removeprefix("step_"))
+    source = Source(recipe, run_dir / "evals" / f"{protocol}-{step:07d}.json", step)
+    _add(source, "untrained", build_method(recipe).student.backbone, _untrained(recipe.seed))
+    return _add_folders(source, folders)
+
+
+def _open_weights(path: Path, folders: list[Path], protocol: str, overrides: list[str]) -> Source:
+    """A weights folder, or a folder with several of one architecture."""
+    configs = [weights.read_config(folder) for folder in folders]
+    if any(config["architecture"] != configs[0]["architecture"] for config in configs):
+        raise RecipeError(f"{path}: holds {[config['architecture'] for config in configs]}; name one folder of it")
+    usual = configs[0].get("pretrained_cfg", {})
+    settings = load_evaluation(path, *_normalisation(usual), overrides)
+    source = Source(settings, path / "evals" / f"{protocol}.json", None)
+    spec = dataclasses.replace(weights.spec_of(configs[0]), init="reference")
+    _add_untrained(source, spec)
+    return _add_folders(source, folders)
+
+
+def _open_timm(name: str, protocol: str, overrides: list[str]) -> Source:
+    """A network with timm's own pre-trained weights."""
+    usual = timm.get_pretrained_cfg(name)
+    if usual is None or not usual.has_weights:
+        raise RecipeError(f"{name}: timm has no weights for it; name another network, or a weights folder")
+    settings = load_evaluation(Path(name), usual.mean, usual.std, overrides)
+    source = Source(settings, Path("evals") / f"{protocol}-{name}.json", None)
+    _add_untrained(source, Backbone(name=name, pos_embed="timm"))
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise RecipeError(f"{name}: timm could not fetch its weights: {error}") from error
+    _add(source, name, network, f"timm {timm.__version__}, {usual.tag}")
+    return source
+
+
+def _normalisation(usual: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    for name in ("mean", "std"):
+        if name not in usual:
+            raise RecipeError(
+                f"config.json says no pretrained_cfg.{name}; write there what the network was trained with"
+            )
+    return list(usual["mean"]), list(usual["std"])
+
+
+def _untrained(seed: int) -> str:
+    return f"the same network as initialised by seed {seed}"
+
+
+def _add(source: Source, name: str, network: nn.Module, origin: str) -> None:
+    source.networks[name], source.origins[name] = network, origin
+
+
+def _add_untrained(source: Source, spec: Backbone) -> None:
+    seed_everything(source.recipe.seed)
+    _add(source, "untrained", build_backbone(spec), _untrained(source.recipe.seed))
+
+
+def _add_folders(source: Source, folders: list[Path]) -> Source:
+    for folder in folders:
+        _add(source, folder.name, weights.load_backbone(folder)[0], f"sha256:{weights.sha256(folder / weights.MODEL)}")
     return source

@@ -1,0 +1,96 @@
+"""Evaluating ready weights: their own settings, beside pixels and the untrained network, and clear refusals."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import weights
+from trainer.__main__ import main as trainer
+from trainer.evals.sources import open_source
+from trainer.models.backbones import Backbone, build_backbone
+from trainer.recipe import RecipeError
+
+TINY = Backbone(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8})
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+
+
+def save(folder: Path, *branches: str, spec: Backbone = TINY) -> Path:
+    for seed, branch in enumerate(branches):
+        torch.manual_seed(100 + seed)
+        weights.save_backbone(folder / branch, build_backbone(spec), spec, size=32, mean=MEAN, std=STD)
+    return folder
+
+
+def data(synthetic: Path) -> list[str]:
+    paths = [f"data.{split}={synthetic / f'{split}.beton'}" for split in ("train", "val")]
+    return [*paths, "evals.knn.size=32", "evals.knn.resize=32", "evals.knn.k=3"]
+
+
+@pytest.mark.parametrize("named", ["", "student"], ids=["a folder of both", "one of them"])
+def test_weights_are_evaluated_beside_pixels_and_the_untrained_network(
+    named: str, synthetic: Path, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "out", "student", "teacher") / named
+    assert trainer(["evaluate", str(folder), "--protocol", "knn", *data(synthetic)]) == 0
+    report = json.loads((folder / "evals/knn.json").read_text())
+    assert list(report["results"]) == ["pixels", "untrained", "student", *([] if named else ["teacher"])]
+    assert report["settings"]["k"] == 3
+    assert report["step"] is None
+    digest = weights.sha256(tmp_path / "out/student/model.safetensors")
+    assert report["results"]["student"]["origin"] == f"sha256:{digest}"
+
+
+def test_the_weights_own_normalisation_is_used(synthetic: Path, tmp_path: Path) -> None:
+    views = open_source(save(tmp_path, "student"), "knn", data(synthetic)).recipe.views
+    assert (views.mean, views.std) == (MEAN, STD)
+
+
+def test_the_untrained_network_is_the_same_at_every_evaluation_and_not_the_trained_one(
+    synthetic: Path, tmp_path: Path
+) -> None:
+    save(tmp_path, "student")
+    first, second = (open_source(tmp_path, "knn", data(synthetic)).networks for _ in range(2))
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    untrained = [networks["untrained"].eval()(images) for networks in (first, second)]
+    assert torch.equal(untrained[0], untrained[1])
+    assert not torch.equal(untrained[0], first["student"].eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "data.train: "),
+        (["data.train=a", "evals.knn.temprature=1"], "evals.knn.temprature: unknown key; did you mean temperature?"),
+        (["data.train=a", "optim.epochs=1"], "optim: unknown key"),
+        (["data.train=a", "evals.knn.k=0"], "evals.knn.k must be at least 1"),
+    ],
+)
+def test_settings_are_checked_as_a_recipes_are(overrides: Sequence[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=said.replace(".", r"\.").replace("?", r"\?")):
+        open_source(save(tmp_path, "student"), "knn", list(overrides))
+
+
+def test_weights_that_do_not_take_the_evaluations_size_are_refused(synthetic: Path, tmp_path: Path) -> None:
+    vit = Backbone(name="vit_tiny_patch16_224", args={"img_size": 48, "embed_dim": 12, "depth": 1})
+    with pytest.raises(RecipeError, match=r"does not take views of 32 px .*evals\.knn\.size"):
+        open_source(save(tmp_path, "student", spec=vit), "knn", data(synthetic))
+
+
+def test_folders_of_different_networks_are_not_evaluated_together(synthetic: Path, tmp_path: Path) -> None:
+    save(tmp_path, "student")
+    save(tmp_path, "other", spec=Backbone(name="mobilenetv3_small_050"))
+    with pytest.raises(RecipeError, match="name one folder of it"):
+        open_source(tmp_path, "knn", data(synthetic))
+
+
+def test_what_is_neither_run_nor_weights_nor_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"wanted the run\.dir of a .*, a weights folder, or a timm name"):
+        open_source(tmp_path / "nothing", "knn", [])
+
+
+def test_a_network_without_weights_at_timm_is_refused() -> None:
+    with pytest.raises(RecipeError, match="timm has no weights for it"):
+        open_source(Path("vit_giant_patch14_224"), "knn", ["data.train=a"])
