@@ -47,33 +47,6 @@ def test_every_recipe_is_complete_but_for_its_paths(path: Path) -> None:
     assert {key for key in silent if not key.endswith(".ratio")} <= optional
 
 
-def test_the_sslight_recipe_differs_from_its_baseline_in_exactly_the_published_keys() -> None:
-    trees = [
-        leaves(load_recipe(RECIPES / f"dino_resnet18_{views}.yaml", [DATA, "run.dir=x"]).plain())
-        for views in ("baseline", "sslight")
-    ]
-    differing = {key: (trees[0][key], trees[1][key]) for key in trees[0] if trees[0][key] != trees[1][key]}
-    assert differing == {
-        ".views.global_views.scale": ([0.14, 1.0], [0.3, 1.0]),
-        ".views.local_views.scale": ([0.05, 0.14], [0.05, 0.3]),
-        ".views.local_views.size": (96, 128),
-        ".method.global_weight": (0.142857, 0.4),  # the two weights are one published key, LAMBDAS
-        ".method.local_weight": (0.857143, 0.6),
-    }
-
-
-def test_the_sslight_recipe_has_the_published_optimisation() -> None:
-    recipe = load_recipe(RECIPES / "dino_resnet18_sslight.yaml", [DATA])
-    schedules = recipe.schedules(steps_per_epoch=1_281_167 // recipe.optim.global_batch)
-    assert schedules.num_steps == 250_200
-    assert schedules.at(12_509).lr == pytest.approx(1.92)
-    assert schedules.at(62_550).lr == pytest.approx(1.7180809518)
-    assert schedules.at(125_100).momentum == pytest.approx(0.998)
-    assert recipe.views.counts == (2, 6)
-    assert [view.blur_prob for view in recipe.views.each()] == [1.0, 0.1] + [0.5] * 6
-    assert [view.solarize_prob for view in recipe.views.each()] == [0.0, 0.2] + [0.0] * 6
-
-
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -20,10 +20,10 @@ from trainer.data.kernel import Kernel
 from trainer.data.order import epoch_order
 from trainer.data.subset import read_subset
 from trainer.methods.joint_embedding import Method
-from trainer.methods.teacher import EMATeacher
+from trainer.methods.teacher import EMA, EMATeacher
 from trainer.recipe import Recipe, RecipeError
 from trainer.recipe_file import load_recipe
-from trainer.schedules import Progress, Schedules
+from trainer.schedules import Progress
 
 IMAGENET_1K = 1_281_167
 """Train images; what a recipe's schedule is shown for where no data are given."""
@@ -47,7 +47,7 @@ def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_i
     teacher = build_teacher(recipe, method)
     console.print(parameter_table(method, teacher))
     console.print(cost_table(recipe, method, teacher))
-    schedule = schedule_table(recipe.schedules(steps), method)
+    schedule = schedule_table(recipe, steps, method)
     schedule.caption = (
         f"{recipe.data.train}" if has_data else f"no data.train given: ImageNet-1k's {IMAGENET_1K} images"
     )
@@ -110,26 +110,26 @@ def _parts(method: Method, teacher: EMATeacher | None) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates for one image with all its views, counted while the real code runs on shapes alone."""
+    """Multiply-accumulates for one image with all its views."""
 
     teacher: float
-    forward: float
-    backward: float
+    student: float
+    """Forward, the objective included."""
 
     @property
     def step(self) -> float:
-        """All of it."""
-        return self.teacher + self.forward + self.backward
+        """All of it; the backward pass counts as two forward ones."""
+        return self.teacher + 3 * self.student
 
 
 def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_size: int = 2) -> Cost:
-    """Count a step of `batch_size` images; convolutions, matrix products and attention only.
+    """Count convolutions, matrix products and attention while the real code runs on `batch_size` images.
 
-    Nothing is computed: fake tensors have shapes and no contents.
+    Nothing is computed: fake tensors have shapes and no contents. The backward pass is not run, since torch counts
+    depth-wise convolutions wrongly there.
     """
     progress = Progress(step=0, epoch=0, lr=0, weight_decay=0, momentum=0)
     target: Tensor | None = None
-    counts = []
     shapes_only = FakeTensorMode()
     with FakeCopyMode(shapes_only):
         method, teacher = copy.deepcopy((method, teacher))
@@ -138,40 +138,46 @@ def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_si
         views = [torch.empty(sizes.count(size) * batch_size, 3, size, size) for size in dict.fromkeys(sizes)]
         if teacher is not None:
             target = teacher(method.teacher_views(views))
-        counts.append(counter.get_total_flops())
-        labels = torch.zeros(batch_size, dtype=torch.long)
-        loss = method(views, target, progress, labels).total
-        counts.append(counter.get_total_flops())
-        loss.backward()
-        counts.append(counter.get_total_flops())
-    macs = [count / 2 / batch_size for count in counts]
-    return Cost(macs[0], macs[1] - macs[0], macs[2] - macs[1])
+        of_teacher = counter.get_total_flops()
+        method(views, target, progress, torch.zeros(batch_size, dtype=torch.long))
+        of_student = counter.get_total_flops() - of_teacher
+    return Cost(of_teacher / 2 / batch_size, of_student / 2 / batch_size)
 
 
 def cost_table(recipe: Recipe, method: Method, teacher: EMATeacher | None) -> Table:
     """What a step costs, an image and a global batch."""
     cost = cost_of(recipe, method, teacher)
     table = Table(title="Cost a step, 10^9 multiply-accumulates")
-    for column in ("", "teacher forward", "student forward", "student backward", "step"):
+    for column in ("", "teacher forward", "student forward", "student backward (2 x)", "step"):
         table.add_column(column, justify="right")
     for name, count in (("one image", 1), (f"global batch of {recipe.optim.global_batch}", recipe.optim.global_batch)):
-        parts = (cost.teacher, cost.forward, cost.backward, cost.step)
+        parts = (cost.teacher, cost.student, 2 * cost.student, cost.step)
         table.add_row(name, *(f"{part * count / 1e9:,.2f}" for part in parts))
     return table
 
 
-def schedule_table(schedules: Schedules, method: Method) -> Table:
+def schedule_table(recipe: Recipe, steps_per_epoch: int, method: Method) -> Table:
     """The values at the start, around the warm-up, at the quarters and at the end."""
-    steps, epoch = schedules.num_steps, schedules.steps_per_epoch
-    chosen = {0, 1, epoch, schedules.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - epoch, steps - 1}
-    title = f"Schedule: {steps:,} steps, {epoch:,} an epoch"
-    table = Table(title=title)
-    for column in ("step", "epoch", "learning rate", "weight decay", "teacher momentum"):
+    schedules = recipe.schedules(steps_per_epoch)
+    steps = schedules.num_steps
+    chosen = {0, 1, steps_per_epoch, schedules.warmup_steps, steps - steps_per_epoch, steps - 1}
+    chosen |= {quarter * steps // 4 for quarter in (1, 2, 3)}
+    table = Table(title=f"Schedule: {steps:,} steps, {steps_per_epoch:,} an epoch")
+    for column in ("step", "epoch", *_scheduled(recipe, method, schedules.at(0))):
         table.add_column(column, justify="right")
     for step in sorted(step for step in chosen if 0 <= step < steps):
         at = schedules.at(step)
-        table.add_row(f"{step:,}", str(at.epoch), f"{at.lr:.10g}", f"{at.weight_decay:.10g}", f"{at.momentum:.10g}")
+        values = _scheduled(recipe, method, at).values()
+        table.add_row(f"{step:,}", str(at.epoch), *(f"{value:.10g}" for value in values))
     return table
+
+
+def _scheduled(recipe: Recipe, method: Method, at: Progress) -> dict[str, float]:
+    """Everything that changes with the steps."""
+    values = {"learning rate": at.lr, "weight decay": at.weight_decay}
+    if isinstance(recipe.teacher, EMA):
+        values["teacher momentum"] = at.momentum
+    return values | method.scheduled(at)
 
 
 def save_contact_sheet(recipe: Recipe, path: Path, *, num_images: int) -> None:

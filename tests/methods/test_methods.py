@@ -70,7 +70,7 @@ def test_the_centre_after_one_step_is_the_published_one() -> None:
 
 
 def test_dinos_steps_have_the_published_losses() -> None:
-    """The second one's centre has moved; the eighth-of-a-batch fixture, through the module."""
+    """Through the module, whose centre has moved before the second step."""
     method = dino()
     student, teacher = waves(32, 8, 0.37, 0.91).view(8, 4, 8), waves(8, 8, 0.53, 1.13).view(2, 4, 8)
     for expected in (10.454348, 10.458574):

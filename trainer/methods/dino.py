@@ -89,6 +89,10 @@ class DINO(Method):
         config = self.config
         return ramp(config.warmup_teacher_temp, config.teacher_temp, progress.epoch, config.warmup_teacher_temp_epochs)
 
+    def scheduled(self, progress: Progress) -> dict[str, float]:
+        """The teacher's temperature."""
+        return {"teacher temperature": self.teacher_temp(progress)}
+
     def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
         """Every student view against the teacher's other global views."""
         assert teacher is not None

@@ -93,6 +93,10 @@ class Method(nn.Module, ABC):
     def after_step(self, *, applied: bool) -> None:
         """Move the method's buffers by what the step's micro-batches brought; drop that if the step was skipped."""
 
+    def scheduled(self, progress: Progress) -> dict[str, float]:
+        """What of the method itself changes with the steps, for those who look at a recipe."""
+        return {}
+
     def rewritten_parameters(self) -> list[nn.Parameter]:
         """Parameters that `after_step` changes itself; the engine's own copies must follow."""
         return []

@@ -47,7 +47,10 @@ def swapped_prediction(logits: Tensor, targets: Tensor, *, temperature: float) -
 
 
 class _SwappedPrediction(torch.autograd.Function):
-    """Each view's batch mean of the cross-entropy with the mean target of the other global views, (V,)."""
+    """Each view's batch mean of the cross-entropy with the mean target of the other global views, (V,).
+
+    Its gradient is (softmax - target) / (B T); forward keeps the bracket, backward scales it.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -86,6 +89,8 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float
 
 
 class _InfoNCE(torch.autograd.Function):
+    """Each query's loss, (V, B); its gradient, p_own - 1 times the key and p_k times each negative, while p exists."""
+
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
         losses = keys.new_empty(queries.shape[:2])

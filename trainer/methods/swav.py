@@ -92,7 +92,7 @@ class SwAV(Method):
         return []
 
     def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
-        """Every view against the codes of the other global views."""
+        """Every view against the codes of the other global views; a code_entropy of ln K would be a collapse."""
         config = self.config
         scores = self.prototypes(student)
         codes = self._codes(scores[: self.counts.global_views].detach())
