@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images a step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--cases", nargs="*", help="besides bare and ours, of those named in the output; all without it"
+    )
     parser.add_argument("--lightly-python", type=Path, help="an interpreter that has lightly, torch and timm")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -96,7 +99,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def all_cases(network: str, args: argparse.Namespace) -> Iterator[dict[str, Case]]:
     recipe = recipe_of(network, args.batch)
     with tempfile.TemporaryDirectory() as folder:
-        cases = {name: make(recipe, Path(folder)) for name, make in MAKERS.items()}
+        wanted = {"bare", "ours", *(args.cases or MAKERS)}  # the two that all others are compared with
+        cases = {name: make(recipe, Path(folder)) for name, make in MAKERS.items() if name in wanted}
         if args.lightly_python is None:
             yield cases
             return
@@ -161,9 +165,9 @@ def ours(recipe: Recipe, folder: Path) -> Case:
     method = build_method(recipe)
     synchronise_batchnorm(method, device)
     teacher = EMATeacher(method.to(device).student)
-    engine = build_engine(
-        method, build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters())), ds_config
-    )
+    optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
+    with redirect_stdout(sys.stderr):  # DeepSpeed says there what it has compiled
+        engine = build_engine(method, optimizer, ds_config)
     averages, clock = Averages(), StepClock(recipe.optim.global_batch)
     metrics = MetricLog(folder, 0, schedules.num_steps, tensorboard=True)
     labels = torch.full((recipe.optim.global_batch,), -1, device=device)
