@@ -17,5 +17,5 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split in ("train", "val")
     ]
     for command in (synth, *convert):
-        subprocess.run([sys.executable, "-m", "data_prep", *command], check=True, timeout=120)
+        subprocess.run([sys.executable, "-m", "data_prep", *command], check=True, timeout=400)
     return folder

@@ -45,7 +45,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def run(command: list[str], *, timeout_s: float = 180, code: int = 0) -> str:
+def run(command: list[str], *, timeout_s: float = 400, code: int = 0) -> str:
     """Run it to its end and return its output; any other exit code fails the test with that output."""
     process = start(command)
     try:

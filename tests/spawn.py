@@ -16,7 +16,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2, timeout_s: float = 90) -> list[Any]:
+def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2, timeout_s: float = 300) -> list[Any]:
     """Call function(*args) on every rank of a fresh gloo group; returns each rank's result, in rank order.
 
     function: importable by name, since ranks are spawned; its result must pickle

@@ -35,17 +35,17 @@ def said(caplog: pytest.LogCaptureFixture) -> Sequence[str]:
 def test_an_unknown_key_ends_every_rank_of_a_launch_with_one_message(synthetic: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     command = [*launcher("deepspeed"), "pretrain", str(DEMO), f"data.train={synthetic / 'train.beton'}"]
-    output = run([*command, f"run.dir={tmp_path / 'run'}", "optim.global_bach=8"], code=2, timeout_s=90)
+    output = run([*command, f"run.dir={tmp_path / 'run'}", "optim.global_bach=8"], code=2, timeout_s=200)
     assert output.count("optim.global_bach: unknown key; did you mean global_batch?") == 1
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150
 
 
 def test_a_batch_that_the_ranks_do_not_divide_ends_every_rank_with_one_message(synthetic: Path, tmp_path: Path) -> None:
     paths = (f"data.train={synthetic / 'train.beton'}", f"run.dir={tmp_path / 'run'}")
     overrides = (*TINY_MOCO, "optim.global_batch=15", "method.queue_size=60")
-    output = run([*launcher("torchrun"), "pretrain", str(DEMO), *overrides, *paths], code=1, timeout_s=90)
+    output = run([*launcher("torchrun"), "pretrain", str(DEMO), *overrides, *paths], code=1, timeout_s=200)
     assert output.count("optim.global_batch 15 cannot be shared by 2 ranks x 1 accumulation steps") == 1
     assert not (tmp_path / "run").exists()
 

@@ -75,7 +75,7 @@ def forget_the_end(run_dir: Path) -> None:
 def runs(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
     """Losses of every step of every case."""
     out = tmp_path_factory.mktemp("equivalence")
-    run_ranks(train_every_case, synthetic, out, timeout_s=400)
+    run_ranks(train_every_case, synthetic, out, timeout_s=1000)
     found = {path.name: losses(path) for path in out.iterdir()}
     probed = metrics(out / "dino-probe")
     return found | {f"dino-probe/{part}": {m["step"]: m[part] for m in probed} for part in ("loss/ssl", "probe/loss")}

@@ -133,11 +133,11 @@ def runs(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("published")
     (synthetic / "few.txt").write_text("\n".join(sample_names(synthetic / "train.beton")[::3]))
-    run_ranks(train_twice, synthetic, out, timeout_s=900)
+    run_ranks(train_twice, synthetic, out, timeout_s=1800)
     return out
 
 
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_every_row_trains_on_two_ranks_and_resumes_to_the_bit(path: Path, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text((runs / f"{path.stem}.straight").read_text())

@@ -233,7 +233,7 @@ def test_a_thread_that_hangs_is_reported_with_where_it_hangs(beton: Path, monkey
         threading.Timer(1.0, woken.set).start()
         with pytest.raises(DataError, match=r"no batch for 0.5 s(.|\n)*asleep"):
             next(epoch)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 15
 
 
 def test_the_first_batch_costs_less_than_three_seconds(beton: Path) -> None:
