@@ -13,7 +13,10 @@ setup(
             sources=["trainer/data/csrc/views.c"],
             depends=[
                 f"trainer/data/csrc/{name}.h"
-                for name in ("views", "params", "decode", "resize", "rows", "colour", "linear", "blur")
+                for name in (
+                    *("views", "params", "decode", "axis", "transpose", "resize"),
+                    *("colour", "linear", "blur", "write"),
+                )
             ],
             libraries=["jpeg", "m"],
             extra_compile_args=["-O3", "-std=gnu11", "-Wall", "-Wextra", "-pthread", *FLAGS],

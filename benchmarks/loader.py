@@ -5,7 +5,8 @@ python -m benchmarks.loader FOLDER [--copy-jpeg] [--images 100] [--rounds 5] [--
 SSLight's views (2 x 224 of area 0.3 to 1, 6 x 128 of area 0.05 to 0.3). Every case starts from the same JPEGs, made by
 data_prep from the images in FOLDER. Measured is CPU time, all threads together, so that waiting for a busy core does
 not count; the cases take turns in every round. One JSON line a case: the median and range of images per second of one
-core, and the median over rounds of its ratio to the published PIL pipeline and to stock FFCV.
+core, and the median and range over rounds of its ratio to each peer. First come two lines on start-up and memory, from
+benchmarks/loader_footprint.py.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks import loader_peers as peers
+from benchmarks.loader_peers import VIEWS
 from data_prep.schema import open_beton, read_samples
 from trainer.data.kernel import LIB, Kernel
 from trainer.data.loader import ViewLoader
@@ -33,16 +35,14 @@ from trainer.data.photometric import to_float
 from trainer.data.views import View
 
 BATCH_SIZE = 50
-VIEWS = [
-    View(size=224, scale=(0.3, 1.0), blur_prob=1.0),
-    View(size=224, scale=(0.3, 1.0), blur_prob=0.1, solarize_prob=0.2),
-    *[View(size=128, scale=(0.05, 0.3))] * 6,
-]
 TINY = [View(size=1, scale=(1e-4, 1e-4))]
 """Decoding, and next to nothing else."""
 Timer = Callable[[], float]
 """Makes the views of every image once; returns the CPU seconds an image."""
-PIL, FFCV = "PIL, as published", "stock FFCV, a decoder a view (crop, flip)"
+PIL, FFCV, DECODE = "PIL, as published", "stock FFCV, a decoder a view (crop, flip)", "decoding alone (libjpeg)"
+DALI = "DALI on the CPU ({}, one view blurred)"
+PEERS = {"x_pil": PIL, "x_ffcv": FFCV, "x_dali_bicubic": DALI.format("bicubic"),
+         "x_dali_triangle": DALI.format("triangle"), "x_decode": DECODE}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         beton = convert(args.folder, Path(folder), copy_jpeg=args.copy_jpeg, count=args.images)
         cases = all_cases(beton, args, Path(folder))
-        print(json.dumps({"case": "ours, first batch", "seconds": round(first_batch(beton), 2)}), flush=True)
         print(json.dumps(describe(beton)), flush=True)
+        for name, kind in (("ours", "ours"), (FFCV, "ffcv")):
+            print(json.dumps({"case": f"footprint, {name}", **footprint(kind, beton)}), flush=True)
         for line in report(measure(cases, args.rounds)):
             print(json.dumps(line), flush=True)
 
@@ -97,12 +98,12 @@ def all_cases(beton: Path, args: argparse.Namespace, folder: Path) -> dict[str, 
         "ours fast (triangle, linear colour)": lambda: ours(beton, args.repeats, resize="triangle", colour="linear"),
         "ours, photometric on the device (bicubic)": lambda: ours(beton, args.repeats, photometric="device"),
         "ours faithful, normalised floats on the CPU": lambda: ours(beton, args.repeats, floats=True),
-        "decoding alone (libjpeg)": lambda: kernel_only(images, sizes, TINY),
+        DECODE: lambda: kernel_only(images, sizes, TINY),
         "kernel alone, faithful": lambda: kernel_only(images, sizes, VIEWS),
         "kernel alone, fast": lambda: kernel_only(images, sizes, VIEWS, resize="triangle", colour="linear"),
         PIL: lambda: peers.pil(images, VIEWS),
         "torchvision v2 on bytes": lambda: peers.torchvision_uint8(images, VIEWS),
-        FFCV: lambda: peers.stock_ffcv(beton, VIEWS, BATCH_SIZE, args.repeats),
+        FFCV: lambda: peers.stock_ffcv(beton, VIEWS, BATCH_SIZE, np.tile(np.arange(len(images)), args.repeats)),
     }
     if args.prototype:
         make = partial(peers.prototype, args.prototype, images, sizes, VIEWS, folder)
@@ -114,7 +115,7 @@ def all_cases(beton: Path, args: argparse.Namespace, folder: Path) -> dict[str, 
         for i, data in enumerate(images):
             (folder / "jpegs" / f"{i:06d}.jpg").write_bytes(data)
         for kind in ("bicubic", "triangle"):
-            timers[f"DALI on the CPU ({kind}, one view blurred)"] = dali(args.dali_python, folder / "jpegs", kind)
+            timers[DALI.format(kind)] = dali(args.dali_python, folder / "jpegs", kind)
     return timers
 
 
@@ -159,13 +160,11 @@ def dali(python: Path, jpegs: Path, kind: str) -> Timer:
     return lambda: float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def first_batch(beton: Path) -> float:
-    """Seconds from making a loader to its first batch, after imports, the compiler's time included."""
-    begin = time.perf_counter()
-    loader = ViewLoader(beton, VIEWS, batch_size=BATCH_SIZE, drop_last=False)
-    next(loader.epoch(0))
-    loader.close()
-    return time.perf_counter() - begin
+def footprint(kind: str, beton: Path) -> dict[str, float]:
+    """In a process of its own: nothing is compiled or allocated yet."""
+    command = [sys.executable, "-m", "benchmarks.loader_footprint", kind, str(beton)]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    return dict(json.loads(line))
 
 
 def timed(epoch: peers.Epoch) -> Timer:
@@ -189,10 +188,10 @@ def report(seconds: dict[str, list[float]]) -> list[dict[str, float | str]]:
         rates = [1 / value for value in values]
         line: dict[str, float | str] = {"case": name, "images_per_cpu_s": round(statistics.median(rates), 1)}
         line |= {"low": round(min(rates), 1), "high": round(max(rates), 1)}
-        for label, other in (("to_pil", PIL), ("to_ffcv", FFCV)):
-            if other in seconds:
+        for label, other in PEERS.items():
+            if other in seconds and name.startswith(("ours", "kernel", "prototype")):
                 ratios = [b / a for a, b in zip(values, seconds[other], strict=True)]
-                line[f"ratio_{label}"] = round(statistics.median(ratios), 2)
+                line[label] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(line)
     return lines
 

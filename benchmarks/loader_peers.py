@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torchvision.transforms as v1
 import torchvision.transforms.v2 as v2
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
@@ -22,6 +23,12 @@ from torchvision.transforms import InterpolationMode
 from trainer.data.views import View
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VIEWS = [
+    View(size=224, scale=(0.3, 1.0), blur_prob=1.0),
+    View(size=224, scale=(0.3, 1.0), blur_prob=0.1, solarize_prob=0.2),
+    *[View(size=128, scale=(0.05, 0.3))] * 6,
+]
+"""SSLight's: 2 x 224 of area 0.3 to 1, 6 x 128 of area 0.05 to 0.3."""
 Epoch = Callable[[], int]
 """Makes the views of every image once; returns how many images those were."""
 
@@ -97,7 +104,17 @@ def torchvision_uint8(images: Sequence[bytes], views: Sequence[View]) -> Epoch:
     return epoch
 
 
-def stock_ffcv(beton: Path, views: Sequence[View], batch_size: int, repeats: int) -> Epoch:
+def stock_ffcv(beton: Path, views: Sequence[View], batch_size: int, ids: NDArray[np.int64]) -> Epoch:
+    """As `ffcv_loader` says. Its compiler runs in the first round, which is not counted."""
+    loader = ffcv_loader(beton, views, batch_size, ids)
+
+    def epoch() -> int:
+        return sum(len(batch[0]) for batch in loader)
+
+    return epoch
+
+
+def ffcv_loader(beton: Path, views: Sequence[View], batch_size: int, ids: NDArray[np.int64]) -> Any:
     """FFCV's own way to many views: one RandomResizedCrop decoder each, so the JPEG is decoded for each view.
 
     Crops and flips only: FFCV has no hue, greyscale, blur or solarisation. Bytes out, not normalised.
@@ -113,21 +130,11 @@ def stock_ffcv(beton: Path, views: Sequence[View], batch_size: int, repeats: int
 
     pipelines: dict[str, Any] = {"image": None, "label": None}
     pipelines |= {f"view{i}": crop(view) for i, view in enumerate(views)}
-    total = Loader(str(beton), batch_size, num_workers=1, pipelines={"image": None, "label": None}).reader.num_samples
-    loader = Loader(
-        str(beton),
-        batch_size,
-        num_workers=1,
-        order=OrderOption.SEQUENTIAL,
-        pipelines=pipelines,
-        indices=np.tile(np.arange(total, dtype=np.uint64), repeats),
-        drop_last=False,
+    order = OrderOption.SEQUENTIAL
+    indices = ids.astype(np.uint64)
+    return Loader(
+        str(beton), batch_size, num_workers=1, order=order, pipelines=pipelines, indices=indices, drop_last=False
     )
-
-    def epoch() -> int:
-        return sum(len(batch[0]) for batch in loader)
-
-    return epoch
 
 
 def prototype(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.data.pictures import jpeg, picture, plain_params, write_beton
-from trainer.data.kernel import JOB, LIB, STATUS, Kernel
+from trainer.data.kernel import JOB, LIB, STATUS, Colour, Kernel
 from trainer.data.loader import DataError, ViewLoader
 from trainer.data.views import View
 
@@ -20,9 +20,11 @@ WIDTH, HEIGHT = 80, 60
 UNREADABLE, DAMAGED, COLOUR_SPACE, WRONG_SIZE = 1, 2, 3, 4
 
 
-def status_of(*images: bytes, width: int = WIDTH, height: int = HEIGHT, mode: int = 0) -> list[int]:
+def status_of(
+    *images: bytes, width: int = WIDTH, height: int = HEIGHT, mode: int = 0, colour: Colour = "exact"
+) -> list[int]:
     """The kernel's verdict on each image, as a batch of the loader would get it."""
-    kernel = Kernel(VIEWS, num_threads=2)
+    kernel = Kernel(VIEWS, num_threads=2, colour=colour)
     buffers = [np.frombuffer(data or b"\0", np.uint8) for data in images]
     jobs = np.zeros((len(images), len(JOB)), np.int64)
     for row, buffer, data in zip(jobs, buffers, images, strict=True):
@@ -108,18 +110,19 @@ def pil_refuses(data: bytes) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("colour", ["exact", "linear"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_hundreds_of_damaged_jpegs_neither_crash_nor_go_unreported(progressive: bool) -> None:
+def test_hundreds_of_damaged_jpegs_neither_crash_nor_go_unreported(progressive: bool, colour: Colour) -> None:
     rng = np.random.default_rng(progressive)
     data = jpeg(picture(WIDTH, HEIGHT), progressive=progressive)
     broken = [damage(data, rng) for _ in range(400)]
-    verdicts = status_of(*broken)
+    verdicts = status_of(*broken, colour=colour)
     unreported = [i for i, image in enumerate(broken) if verdicts[i] == 0 and pil_refuses(image)]
     assert unreported == []
     assert np.mean(verdicts) > 0.5  # some flips only make another picture, which nobody can tell
     cut = [data[:length] for length in range(0, len(data) - 2, 7)]
-    assert 0 not in status_of(*cut)
-    assert status_of(data) == [0]
+    assert 0 not in status_of(*cut, colour=colour)
+    assert status_of(data, colour=colour) == [0]
 
 
 @pytest.fixture(scope="module")

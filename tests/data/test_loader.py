@@ -150,11 +150,11 @@ def resident_mib() -> float:
 
 def test_leaving_an_epoch_early_leaks_neither_threads_nor_memory(beton: Path) -> None:
     with opened(beton, batch_size=4, num_workers=2) as loader:
-        for attempt in range(20):
+        for attempt in range(50):
             for count, _ in enumerate(loader.epoch(attempt)):
                 if count == attempt % 3:
                     break
-            if attempt == 2:
+            if attempt == 4:
                 gc.collect()
                 threads, python_threads, memory = num_threads(), threading.active_count(), resident_mib()
     gc.collect()

@@ -6,7 +6,13 @@
 #ifndef FEATHERWEIGHT_COLOUR_H
 #define FEATHERWEIGHT_COLOUR_H
 
-#include "rows.h"
+#include "views.h"
+
+/* One row of values of each channel, a column of the view. */
+typedef struct {
+    int16_t *r, *g, *b;
+    int padded; /* a multiple of 16; loops over & ~15 say so to the compiler */
+} Row;
 
 /* ITU-R 601-2 luma, PIL's "L". (torchvision writes 0.2989, so that its white is 254.97.) */
 static const float LUMA[3] = {0.299f, 0.587f, 0.114f};
@@ -66,12 +72,15 @@ INLINE int16_t quarter(int16_t value)
 /* Brightness and contrast: blends with one grey for the whole view, black or its mean. */
 INLINE void scale_row(Row row, float factor, float mean)
 {
-    int16_t *restrict values = row.r;
     int shift = shift_for(factor);
     int16_t white = (int16_t)(Q6_WHITE >> shift), power = (int16_t)(1 << shift);
     int16_t scale = fixed(factor, shift), offset = (int16_t)lrintf((1 - factor) * mean / (float)(1 << shift));
-    for (ptrdiff_t i = 0; i < (3 * row.padded & ~15); i++)
-        values[i] = finish((int16_t)(times(values[i], scale) + offset), white, power);
+    int16_t *channels[] = {row.r, row.g, row.b};
+    for (int c = 0; c < 3; c++) {
+        int16_t *restrict values = channels[c];
+        for (ptrdiff_t i = 0; i < (row.padded & ~15); i++)
+            values[i] = finish((int16_t)(times(values[i], scale) + offset), white, power);
+    }
 }
 
 /* Blends with the grey of the same pixel; factor 0 is greyscale. */
@@ -114,15 +123,6 @@ INLINE void turn_hue_row(Row row, float turns)
     }
 }
 
-/* Adds up each channel of a row; luma being linear, its mean follows from theirs. */
-INLINE void add_channels(Row row, int size, int64_t sum[3])
-{
-    int32_t r = 0, g = 0, b = 0; /* 131,000 white pixels fit; a row has 4,096 at most */
-    for (ptrdiff_t i = 0; i < size; i++)
-        r += row.r[i], g += row.g[i], b += row.b[i];
-    sum[0] += r, sum[1] += g, sum[2] += b;
-}
-
 /* Runs order[from .. to) on one row. */
 INLINE void apply_ops(Row row, const Params *p, int from, int to, float mean)
 {
@@ -138,57 +138,40 @@ INLINE void apply_ops(Row row, const Params *p, int from, int to, float mean)
     }
 }
 
-/* Mean of each channel, in Q6. Columns are added up first: that needs no shuffling of channels. */
-static CLONES void channel_means(const Canvas *canvas, int32_t *restrict column, float mean[3])
-{
-    int64_t sum[3] = {0};
-    memset(column, 0, (size_t)canvas->stride * sizeof *column);
-    for (int y = 0; y < canvas->size; y++) { /* 131,000 white pixels fit; a column has 4,096 at most */
-        const int16_t *pixels = canvas->pixels + y * canvas->stride;
-        for (ptrdiff_t i = 0; i < (canvas->stride & ~15); i++)
-            column[i] += pixels[i];
-    }
-    for (ptrdiff_t i = 0; i < 3 * canvas->size; i++)
-        sum[i % 3] += column[i];
-    for (int i = 0; i < 3; i++)
-        mean[i] = (float)sum[i] / ((float)canvas->size * (float)canvas->size);
-}
-
 static float luma(const float rgb[3])
 {
     return LUMA[0] * rgb[0] + LUMA[1] * rgb[1] + LUMA[2] * rgb[2];
 }
 
-/* Splits the canvas into planes, runs the operations before contrast there, and returns the mean luma, in Q6. */
-static CLONES float colour_until_contrast(const Canvas *canvas, const Params *p, int contrast, int16_t *planes)
+/* Mean of each plane, in Q6. Luma being linear, its mean follows from theirs. */
+static CLONES void plane_means(const Canvas *canvas, float mean[3])
 {
-    int64_t sum[3] = {0};
-    for (int y = 0; y < canvas->size; y++) {
-        Row row = row_at(planes + y * canvas->stride, canvas->padded);
-        split_pixels(canvas->pixels + y * canvas->stride, row);
-        apply_ops(row, p, 0, contrast, 0);
-        add_channels(row, canvas->size, sum);
+    for (int c = 0; c < 3; c++) {
+        int64_t sum = 0;
+        for (int x = 0; x < canvas->size; x++) {
+            const int16_t *column = column_of(canvas, c, x);
+            int32_t of_column = 0; /* 131,000 white pixels fit; a column has 4,096 at most */
+            for (int y = 0; y < canvas->size; y++)
+                of_column += column[y];
+            sum += of_column;
+        }
+        mean[c] = (float)sum / ((float)canvas->size * (float)canvas->size);
     }
-    float total[3] = {(float)sum[0], (float)sum[1], (float)sum[2]};
-    return luma(total) / ((float)canvas->size * (float)canvas->size);
 }
 
-/* The operations from `first` on, from planes (where `is_split`) or from the canvas, and back to the canvas. */
-static CLONES void colour_from(Canvas *canvas, const Params *p, int first, float mean, int is_split, int16_t *planes)
+/* Operations [from, to) of the order, and greyscale after the last one. */
+static CLONES void apply_colour(Canvas *canvas, const Params *p, int from, int to, float mean)
 {
-    for (int y = 0; y < canvas->size; y++) {
-        Row row = row_at(planes + (is_split ? y * canvas->stride : 0), canvas->padded);
-        if (!is_split)
-            split_pixels(canvas->pixels + y * canvas->stride, row);
-        apply_ops(row, p, first, p->jitter ? NUM_OPS : 0, mean);
-        if (p->gray)
+    for (int x = 0; x < canvas->size; x++) {
+        Row row = {column_of(canvas, 0, x), column_of(canvas, 1, x), column_of(canvas, 2, x), canvas->padded};
+        apply_ops(row, p, from, p->jitter ? to : from, mean);
+        if (p->gray && to == NUM_OPS)
             saturate_row(row, 0);
-        join_pixels(row, canvas->pixels + y * canvas->stride);
     }
 }
 
-/* Contrast needs the mean of what came before it, hence two sweeps; where nothing came before, the channels' means tell. */
-static void colour_exact(Canvas *canvas, const Params *p, int16_t *planes)
+/* Contrast needs the mean of what came before it, hence two sweeps. */
+static void colour_exact(Canvas *canvas, const Params *p)
 {
     int contrast = 0;
     float mean = 0, channels[3];
@@ -196,11 +179,13 @@ static void colour_exact(Canvas *canvas, const Params *p, int16_t *planes)
         while (p->order[contrast] != OP_CONTRAST)
             contrast++;
         if (contrast > 0)
-            mean = colour_until_contrast(canvas, p, contrast, planes);
-        else
-            channel_means(canvas, (int32_t *)planes, channels), mean = luma(channels);
+            apply_colour(canvas, p, 0, contrast, 0);
+        plane_means(canvas, channels);
+        mean = luma(channels);
     }
-    colour_from(canvas, p, contrast, mean, contrast > 0, planes);
+    apply_colour(canvas, p, contrast, NUM_OPS, mean);
+    if (p->gray)
+        canvas->num_planes = 1;
 }
 
 #endif

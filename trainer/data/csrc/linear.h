@@ -1,4 +1,5 @@
-/* The fast form of colour jitter: all operations composed into one 3 x 4 matrix, applied once and clamped once.
+/* The fast form of colour jitter: all operations composed into one 3 x 4 matrix, applied once and clamped once. Where the
+ * view is still Y, Cb and Cr, its turning into RGB is the first of them.
  *
  * Hue turns about the grey axis instead of in HSV. Equal to colour.h wherever nothing is clamped and no hue is turned.
  */
@@ -52,9 +53,13 @@ static float mean_after(const Matrix *m, const float mean[3])
     return luma(out);
 }
 
-static Matrix colour_matrix(const Params *p, const float mean[3])
+/* JFIF's YCbCr, centred, to RGB; the inverse of LUMA. */
+static const Matrix FROM_YCC = {{{1, 0, 1.402f, 0}, {1, -0.344136286f, -0.714136286f, 0}, {1, 1.772f, 0, 0}}};
+
+/* From the planes as they are to the finished RGB. `mean`: of each plane. */
+static Matrix colour_matrix(const Params *p, int is_ycc, const float mean[3])
 {
-    Matrix total = blend_matrix(1, 0, 0);
+    Matrix total = is_ycc ? FROM_YCC : blend_matrix(1, 0, 0);
     for (int i = 0; p->jitter && i < NUM_OPS; i++) {
         int op = p->order[i];
         float factor = p->factor[op];
@@ -84,19 +89,24 @@ static float reach(const Matrix *m)
     return largest;
 }
 
-INLINE void apply_matrix_to_row(Row row, int16_t k[3][4], int shift)
+/* `rows` (a constant where this is inlined): 1 for grey, whose three rows are the same. */
+INLINE void apply_matrix_to_column(const Canvas *canvas, int x, int16_t k[3][4], int shift, int rows)
 {
-    int16_t *restrict r = row.r, *restrict g = row.g, *restrict b = row.b;
+    int16_t *restrict r = column_of(canvas, 0, x), *restrict g = column_of(canvas, 1, x),
+                      *restrict b = column_of(canvas, 2, x);
     int16_t white = (int16_t)(Q6_WHITE >> shift), power = (int16_t)(1 << shift);
-    for (ptrdiff_t i = 0; i < (row.padded & ~15); i++) {
-        int16_t x = r[i], y = g[i], z = b[i];
-        r[i] = finish((int16_t)(times(x, k[0][0]) + times(y, k[0][1]) + times(z, k[0][2]) + k[0][3]), white, power);
-        g[i] = finish((int16_t)(times(x, k[1][0]) + times(y, k[1][1]) + times(z, k[1][2]) + k[1][3]), white, power);
-        b[i] = finish((int16_t)(times(x, k[2][0]) + times(y, k[2][1]) + times(z, k[2][2]) + k[2][3]), white, power);
+    for (ptrdiff_t i = 0; i < (canvas->padded & ~15); i++) {
+        int16_t out[3];
+        for (int c = 0; c < rows; c++)
+            out[c] = finish((int16_t)(times(r[i], k[c][0]) + times(g[i], k[c][1]) + times(b[i], k[c][2]) + k[c][3]),
+                            white, power);
+        r[i] = out[0];
+        if (rows == 3)
+            g[i] = out[1], b[i] = out[2];
     }
 }
 
-static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
+static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix)
 {
     int16_t k[3][4];
     int shift = shift_for(reach(matrix));
@@ -105,32 +115,21 @@ static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix, Row row)
             k[i][j] = fixed(matrix->m[i][j], shift);
         k[i][3] = (int16_t)lrintf(matrix->m[i][3] / (float)(1 << shift));
     }
-    for (int y = 0; y < canvas->size; y++) {
-        split_pixels(canvas->pixels + y * canvas->stride, row);
-        apply_matrix_to_row(row, k, shift);
-        join_pixels(row, canvas->pixels + y * canvas->stride);
-    }
+    for (int x = 0; x < canvas->size; x++)
+        if (canvas->num_planes == 1)
+            apply_matrix_to_column(canvas, x, k, shift, 1);
+        else
+            apply_matrix_to_column(canvas, x, k, shift, 3);
 }
 
-static void colour_linear(Canvas *canvas, const Params *p, int16_t *planes)
+static void colour_linear(Canvas *canvas, const Params *p)
 {
-    float mean[3];
-    channel_means(canvas, (int32_t *)planes, mean);
-    Matrix matrix = colour_matrix(p, mean);
-    apply_matrix(canvas, &matrix, row_at(planes, canvas->padded));
-}
-
-static enum Status change_colour(Canvas *canvas, const Params *p, enum Colour colour, Buffer *buffer)
-{
-    size_t rows = (size_t)canvas->size + 1; /* two at least, for the 32-bit sums of the columns */
-    int16_t *planes = reserve(buffer, (size_t)canvas->stride * rows * sizeof *planes);
-    if (!planes)
-        return STATUS_MEMORY;
-    if (colour == COLOUR_EXACT)
-        colour_exact(canvas, p, planes);
-    else
-        colour_linear(canvas, p, planes);
-    return STATUS_OK;
+    float mean[3] = {0};
+    if (p->jitter && p->factor[OP_CONTRAST] != 1)
+        plane_means(canvas, mean);
+    Matrix matrix = colour_matrix(p, canvas->is_ycc, mean);
+    canvas->num_planes = p->gray ? 1 : 3;
+    apply_matrix(canvas, &matrix);
 }
 
 #endif

@@ -1,106 +1,35 @@
-/* Antialiased resize of a box, separable, with PIL's kernels, tap positions and normalisation.
+/* Antialiased resize of a box, separable; the weights are in axis.h.
  *
- * PIL (Resample.c, precompute_coeffs) is the reference. It rounds to 8 bits between its two passes; we keep Q7.
- * Rows are blended first, STRIP output rows at a time; the strip is then transposed, so that the second pass, too,
- * blends long contiguous rows: there one "row" is a column of STRIP pixels. No gather, no horizontal add.
+ * PIL rounds to 8 bits between its two passes; we keep Q7. Rows are blended first, a strip of output rows at a time;
+ * the strip is then transposed, so that the second pass, too, blends long contiguous rows: there one "row" is a column
+ * of the strip's pixels. No gather, no horizontal add.
  */
 #ifndef FEATHERWEIGHT_RESIZE_H
 #define FEATHERWEIGHT_RESIZE_H
 
+#include "axis.h"
 #include "decode.h"
+#include "transpose.h"
 
-enum { STRIP = 16, LANES = 3 * STRIP, WEIGHT_ONE = 1 << 14, MAX_UNROLL = 12, CENTRE = 128 * Q6_ONE };
-
-/* The weighted sum of which source pixels makes each output pixel; weights are Q14 and sum to one. */
-typedef struct {
-    int *start, *count;
-    int16_t *weight; /* size rows of `most` */
-    int most;
-} Axis;
+/* Rows that are resized together: fewer of interleaved RGB, so that a strip stays in the nearest cache. */
+enum { RGB_STRIP = 16, PLANE_STRIP = 32, MAX_UNROLL = 12, CENTRE = 128 * Q6_ONE };
 
 typedef struct {
-    Buffer axes[2], values, blended, turned, resized;
+    Buffer axes[4], values, blended, turned;
 } ResizeScratch;
 
-static double bicubic(double x)
-{
-    x = fabs(x);
-    if (x < 1)
-        return (1.5 * x - 2.5) * x * x + 1; /* a = -0.5 */
-    return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
-}
+/* Across and down, of the image and of planes that have half of its pixels. */
+typedef struct {
+    Axis whole[2], half[2];
+} Axes;
 
-static double triangle(double x)
-{
-    x = fabs(x);
-    return x < 1 ? 1 - x : 0;
-}
-
-/* Rounds weights to Q14 as differences of their rounded running sum: they add up to one exactly, so that a flat area
- * stays exactly flat, and hundreds of small weights err no more than a few large ones. */
-static void quantise(const double *value, double sum, int count, int16_t *weight)
-{
-    double running = 0, unit = WEIGHT_ONE / sum;
-    int before = 0;
-    for (int i = 0; i < count; i++) {
-        running += value[i] * unit;
-        int now = (int)lrint(running);
-        weight[i] = (int16_t)(now - before);
-        before = now;
-    }
-}
-
-/* One output pixel. `centre` and `length` are relative to the first readable pixel. */
-static void weigh(enum Filter filter, double centre, double stretch, int length, double *value, int *start, int *count,
-                  int16_t *weight)
-{
-    double support = (filter == FILTER_BICUBIC ? 2.0 : 1.0) * stretch, sum = 0;
-    int first = (int)(centre - support + 0.5), last = (int)(centre + support + 0.5);
-    first = first < 0 ? 0 : first;
-    last = last > length ? length : last;
-    for (int i = first; i < last; i++) {
-        double x = (i - centre + 0.5) / stretch;
-        value[i - first] = filter == FILTER_BICUBIC ? bicubic(x) : triangle(x);
-        sum += value[i - first];
-    }
-    quantise(value, sum, last - first, weight);
-    *start = first, *count = last - first;
-}
-
-/* size outputs from the box [low, high) of an axis whose pixels [0, length) may be read; 0 if memory is short. */
-static int make_axis(ResizeScratch *scratch, int which, enum Filter filter, int size, double low, double high,
-                     int length, Axis *axis)
-{
-    double scale = (high - low) / size, stretch = scale < 1 ? 1 : scale;
-    double taps = 2 * ceil((filter == FILTER_BICUBIC ? 2.0 : 1.0) * stretch) + 1;
-    axis->most = taps > length ? length : (int)taps;
-    size_t bytes = (size_t)size * (2 * sizeof(int) + axis->most * sizeof(int16_t));
-    axis->start = reserve(&scratch->axes[which], bytes);
-    double *value = reserve(&scratch->values, ((size_t)axis->most + 1) * sizeof(double));
-    if (!axis->start || !value)
-        return 0;
-    axis->count = axis->start + size;
-    axis->weight = (int16_t *)(axis->count + size);
-    for (int i = 0; i < size; i++)
-        weigh(filter, low + (i + 0.5) * scale, stretch, length, value, axis->start + i, axis->count + i,
-              axis->weight + (size_t)i * axis->most);
-    return 1;
-}
-
-/* Mirrors the output: pixel i is made from what pixel size - 1 - i was made from. */
-static void flip_axis(Axis *axis, int size)
-{
-    for (int i = 0, j = size - 1; i < j; i++, j--) {
-        int start = axis->start[i], count = axis->count[i];
-        axis->start[i] = axis->start[j], axis->count[i] = axis->count[j];
-        axis->start[j] = start, axis->count[j] = count;
-        for (int k = 0; k < axis->most; k++) {
-            int16_t *a = axis->weight + (size_t)i * axis->most + k, *b = axis->weight + (size_t)j * axis->most + k;
-            int16_t weight = *a;
-            *a = *b, *b = weight;
-        }
-    }
-}
+/* One strip's way through the two passes. */
+typedef struct {
+    int channels, rows; /* of a strip */
+    int columns;        /* source values of a row, whole vectors of them */
+    int16_t centre;     /* added to every result */
+    int16_t *blended, *turned;
+} Strip;
 
 typedef uint16_t __attribute__((aligned(1), may_alias)) BytePair;
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blend_bytes takes the low byte of a pair for the first");
@@ -125,116 +54,155 @@ INLINE void blend_bytes(const uint8_t *row, ptrdiff_t stride, int length, const 
     }
 }
 
-INLINE void blend_shorts(const int16_t *row, ptrdiff_t stride, int length, const int16_t *weight, int taps, int add,
+/* The same for one output column of one channel, from a start value of `centre`; source columns lie `step` apart. */
+INLINE void blend_shorts(const int16_t *column, int step, const int16_t *weight, int taps, int rows, int16_t centre,
                          int16_t *restrict out)
 {
-    for (int i = 0; i < (length & ~15); i++) {
-        int16_t sum = add ? out[i] : 0;
+    for (int i = 0; i < rows; i++) {
+        int16_t sum = centre;
         for (int k = 0; k < taps; k++)
-            sum = (int16_t)(sum + mul_q15(row[k * stride + i], weight[k]));
+            sum = (int16_t)(sum + mul_q15(column[k * step + i], weight[k]));
         out[i] = sum;
     }
 }
 
-/* Any number of taps: up to MAX_UNROLL unrolled, which a resize to half the size needs at most, then one by one. */
-#define CASE(blend, n) case n: blend(row, stride, length, weight, n, 0, out); break;
-#define BLEND(blend, row_, stride_, length_, weight_, taps_, out_)                                               \
-    do {                                                                                                         \
-        __typeof__(row_) row = (row_);                                                                           \
-        ptrdiff_t stride = (stride_);                                                                            \
-        int length = (length_), taps = (taps_);                                                                  \
-        const int16_t *weight = (weight_);                                                                       \
-        int16_t *out = (out_);                                                                                   \
-        switch (taps < MAX_UNROLL ? taps : MAX_UNROLL) {                                                         \
-            CASE(blend, 1) CASE(blend, 2) CASE(blend, 3) CASE(blend, 4) CASE(blend, 5) CASE(blend, 6)            \
-            CASE(blend, 7) CASE(blend, 8) CASE(blend, 9) CASE(blend, 10) CASE(blend, 11) CASE(blend, 12)         \
-        }                                                                                                        \
-        for (int done = MAX_UNROLL; done < taps; done++)                                                         \
-            blend(row + done * stride, stride, length, weight + done, 1, 1, out);                                \
-    } while (0)
-
-/* Turns an 8 x 8 tile. */
-INLINE void transpose_tile(const int16_t *from, ptrdiff_t from_stride, int16_t *to, ptrdiff_t to_stride)
-{
-    Eight a[8], b[8];
-    for (int i = 0; i < 8; i++)
-        memcpy(a + i, from + i * from_stride, sizeof *a);
-    for (int round = 0; round < 3; round++) { /* three perfect shuffles of rows i and i + 4 turn the tile */
-        for (int i = 0; i < 4; i++) {
-            b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-            b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-        }
-        memcpy(a, b, sizeof a);
+/* Calls with `taps` a constant from 1 to MAX_UNROLL, which a resize to half the size needs at most. */
+#define CASE(n, call) case n: { enum { taps = n }; call; break; }
+#define UNROLLED(number, call, otherwise)                                                                   \
+    switch (number) {                                                                                       \
+        CASE(1, call) CASE(2, call) CASE(3, call) CASE(4, call) CASE(5, call) CASE(6, call)                 \
+        CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call)              \
+        default: otherwise;                                                                                 \
     }
-    for (int i = 0; i < 8; i++)
-        memcpy(to + i * to_stride, a + i, sizeof *a);
+
+INLINE void blend_bytes_by_tap(const uint8_t *row, ptrdiff_t stride, int length, const int16_t *weight, int taps,
+                               int16_t *out)
+{
+    blend_bytes(row, stride, length, weight, MAX_UNROLL, 0, out);
+    for (int k = MAX_UNROLL; k < taps; k++)
+        blend_bytes(row + k * stride, stride, length, weight + k, 1, 1, out);
 }
 
-/* STRIP rows as blend_bytes leaves them to columns of STRIP values, even and odd ones in turn again. */
-static CLONES void rows_to_columns(const int16_t *rows, int length, int16_t *columns)
+/* Output rows [first, first + strip->rows), fewer at the bottom edge, even bytes before odd ones. */
+static CLONES void blend_rows(const Plane *plane, const Axis *x, const Axis *y, int first, const Strip *strip)
 {
-    int half = length / 2;
+    const uint8_t *origin = plane->pixels + x->first * plane->channels;
+    ptrdiff_t stride = plane->stride;
+    int columns = strip->columns;
+    int16_t *out = strip->blended;
+    for (int i = first; i < y->size && i < first + strip->rows; i++, out += columns) {
+        const uint8_t *row = origin + y->start[i] * stride;
+        const int16_t *weight = weights_of(y, i);
+        UNROLLED(y->count[i], blend_bytes(row, stride, columns, weight, taps, 0, out),
+                 blend_bytes_by_tap(row, stride, columns, weight, y->count[i], out))
+    }
+}
+
+/* All output columns, `taps` source columns each: zeros are blended too, so the loop has no branch. */
+INLINE void blend_columns_by(const Strip *s, const Axis *x, int taps, int channels, int rows, ptrdiff_t plane,
+                             ptrdiff_t pitch, int16_t *out)
+{
+    for (int i = 0; i < x->size; i++, out += pitch) {
+        const int16_t *column = s->turned + (ptrdiff_t)(x->start[i] - x->first) * channels * rows;
+        for (int c = 0; c < channels; c++)
+            blend_shorts(column + c * rows, channels * rows, weights_of(x, i), taps, rows, s->centre, out + c * plane);
+    }
+}
+
+INLINE void blend_columns_of(const Strip *s, const Axis *x, int channels, int rows, const Canvas *canvas, int16_t *out)
+{
+    UNROLLED(x->taps, blend_columns_by(s, x, taps, channels, rows, canvas->plane, canvas->padded, out),
+             blend_columns_by(s, x, x->taps, channels, rows, canvas->plane, canvas->padded, out))
+}
+
+/* Rows [first, first + strip->rows) of planes [plane, plane + channels). */
+static CLONES void blend_columns(const Strip *s, const Axis *x, int first, int plane, const Canvas *canvas)
+{
+    int16_t *out = column_of(canvas, plane, 0) + first;
+    if (s->channels == 3)
+        blend_columns_of(s, x, 3, RGB_STRIP, canvas, out);
+    else
+        blend_columns_of(s, x, 1, PLANE_STRIP, canvas, out);
+}
+
+/* Bicubic weights, some of which are negative, overshoot. */
+static CLONES void clamp_planes(const Canvas *canvas)
+{
+    for (int plane = 0; plane < 3; plane++) {
+        int16_t *values = column_of(canvas, plane, 0), low = canvas->is_ycc && plane > 0 ? -CENTRE : 0;
+        for (int i = 0; i < (canvas->size * canvas->padded & ~15); i++)
+            values[i] = clamp_short(values[i], low, (int16_t)(low + Q6_WHITE));
+    }
+}
+
+/* The strip's rows as blend_bytes leaves them to columns, even and odd ones in turn again. */
+static CLONES void rows_to_columns(const Strip *s)
+{
+    int half = s->columns / 2;
     for (int i = 0; i < half; i += 8)
         for (int odd = 0; odd < 2; odd++)
-            for (int row = 0; row < STRIP; row += 8)
-                transpose_tile(rows + (ptrdiff_t)row * length + odd * half + i, length,
-                               columns + (2 * i + odd) * STRIP + row, 2 * STRIP);
+            for (int row = 0; row < s->rows; row += 8)
+                transpose_tile(s->blended + (ptrdiff_t)row * s->columns + odd * half + i, s->columns,
+                               s->turned + (ptrdiff_t)(2 * i + odd) * s->rows + row, 2 * s->rows);
 }
 
-static CLONES void columns_to_rows(const int16_t *columns, ptrdiff_t length, int16_t *rows)
+static int reserve_strip(ResizeScratch *scratch, const Plane *plane, const Axis *x, Strip *strip)
 {
-    for (ptrdiff_t i = 0; i < length; i += 8)
-        for (int row = 0; row < STRIP; row += 8)
-            transpose_tile(columns + i * STRIP + row, STRIP, rows + row * length + i, length);
+    int rows = plane->channels == 3 ? RGB_STRIP : PLANE_STRIP;
+    int columns = ((x->last - x->first) * plane->channels + 31) & ~31;
+    size_t bytes = (size_t)columns * rows * sizeof(int16_t);
+    *strip = (Strip){plane->channels, rows, columns, 0, reserve(&scratch->blended, bytes),
+                     reserve(&scratch->turned, bytes)};
+    return strip->blended && strip->turned;
 }
 
-/* Output rows [first, first + STRIP), fewer at the bottom edge, each of `columns` values, even bytes before odd ones. */
-static CLONES void blend_rows(const uint8_t *origin, ptrdiff_t source_stride, int columns, const Axis *y, int first,
-                              int size, int16_t *blended)
+/* The axes of all planes; 0 if memory is short. */
+static int make_axes(const Image *image, const Params *p, enum Filter filter, int size, ResizeScratch *scratch, Axes *axes)
 {
-    for (int i = first; i < size && i < first + STRIP; i++, blended += columns)
-        BLEND(blend_bytes, origin + y->start[i] * source_stride, source_stride, columns,
-              y->weight + (size_t)i * y->most, y->count[i], blended);
+    const Plane *last = image->plane + image->num_planes - 1;
+    int length[2] = {last->width, last->height};
+    for (int i = 0; i < 2; i++) {
+        Resampling r = {filter, size, i == 0 && p->flip, p->box[i], p->box[2 + i], p->limit[i], p->limit[2 + i]};
+        if (!make_axis(scratch->axes + i, &scratch->values, &r, axes->whole + i))
+            return 0;
+        if (last->halved[i] &&
+            !halve_axis(scratch->axes + 2 + i, axes->whole + i, length[i], axes->half + i))
+            return 0;
+    }
+    return 1;
 }
 
-/* Output columns, LANES values each. */
-static CLONES void blend_columns(const int16_t *turned, const Axis *x, int size, int16_t *resized)
+/* Fills planes [first, first + plane->channels) of the canvas. */
+static enum Status resize_plane(const Plane *plane, const Axes *axes, int first, ResizeScratch *scratch,
+                                const Canvas *canvas)
 {
-    for (int i = 0; i < size; i++)
-        BLEND(blend_shorts, turned + (size_t)x->start[i] * LANES, LANES, LANES, x->weight + (size_t)i * x->most,
-              x->count[i], resized + (size_t)i * LANES);
-    for (int i = 0; i < size * LANES; i++)
-        resized[i] = (int16_t)(clamp_short(resized[i], -CENTRE, Q6_WHITE - CENTRE) + CENTRE); /* bicubic overshoots */
+    const Axis *x = plane->halved[0] ? axes->half : axes->whole, *y = (plane->halved[1] ? axes->half : axes->whole) + 1;
+    Strip strip;
+    if (!reserve_strip(scratch, plane, x, &strip))
+        return STATUS_MEMORY;
+    strip.centre = first > 0 ? 0 : CENTRE; /* Cb and Cr stay centred */
+    for (int row = 0; row < canvas->size; row += strip.rows) {
+        blend_rows(plane, x, y, row, &strip);
+        rows_to_columns(&strip);
+        blend_columns(&strip, x, row, first, canvas);
+    }
+    return STATUS_OK;
 }
 
-static void resize_strip(const uint8_t *origin, ptrdiff_t source_stride, int columns, const Axis *x, const Axis *y,
-                         int first, ResizeScratch *scratch, Canvas *canvas)
-{
-    int16_t *blended = scratch->blended.data, *turned = scratch->turned.data, *resized = scratch->resized.data;
-    blend_rows(origin, source_stride, columns, y, first, canvas->size, blended);
-    rows_to_columns(blended, columns, turned);
-    blend_columns(turned, x, canvas->size, resized);
-    columns_to_rows(resized, canvas->stride, canvas->pixels + first * canvas->stride);
-}
-
-/* Fills the canvas from the box of the image. The canvas must have room for whole strips. */
+/* Fills the canvas from the box of the image. */
 static enum Status resize(const Image *image, const Params *p, enum Filter filter, ResizeScratch *scratch, Canvas *canvas)
 {
-    const int32_t *limit = p->limit;
-    int width = limit[2] - limit[0], height = limit[3] - limit[1], columns = (3 * width + 31) & ~31;
-    Axis x, y;
-    if (!make_axis(scratch, 0, filter, canvas->size, p->box[0] - limit[0], p->box[2] - limit[0], width, &x) ||
-        !make_axis(scratch, 1, filter, canvas->size, p->box[1] - limit[1], p->box[3] - limit[1], height, &y) ||
-        !reserve(&scratch->blended, (size_t)columns * STRIP * sizeof(int16_t)) ||
-        !reserve(&scratch->turned, (size_t)columns * STRIP * sizeof(int16_t)) ||
-        !reserve(&scratch->resized, (size_t)canvas->stride * STRIP * sizeof(int16_t)))
+    Axes axes;
+    if (!make_axes(image, p, filter, canvas->size, scratch, &axes))
         return STATUS_MEMORY;
-    if (p->flip)
-        flip_axis(&x, canvas->size);
-    const uint8_t *origin = image->pixels + limit[1] * image->stride + 3 * (ptrdiff_t)limit[0];
-    for (int row = 0; row < canvas->size; row += STRIP)
-        resize_strip(origin, image->stride, columns, &x, &y, row, scratch, canvas);
-    return STATUS_OK;
+    canvas->num_planes = 3;
+    canvas->is_ycc = image->num_planes == 3;
+    enum Status status = STATUS_OK;
+    for (int i = 0; i < image->num_planes && status == STATUS_OK; i++)
+        status = resize_plane(image->plane + i, &axes, i, scratch, canvas);
+    if (filter == FILTER_BICUBIC)
+        clamp_planes(canvas);
+    return status;
 }
 
 #endif

@@ -10,12 +10,13 @@
 #include "params.h"
 #include "resize.h"
 #include "views.h"
+#include "write.h"
 
 /* Everything one thread needs; it grows to the largest image seen and is kept for the next one. */
 typedef struct {
     Decoder decoder;
     ResizeScratch resize;
-    Buffer canvas, blurred, colours;
+    Buffer canvas, blurred;
 } Scratch;
 
 typedef struct {
@@ -48,41 +49,55 @@ enum { MODE_JPEG, MODE_RAW }; /* FFCV's IMAGE_MODES */
 
 static void scratch_free(Scratch *s)
 {
-    Buffer *buffers[] = {&s->resize.axes[0], &s->resize.axes[1], &s->resize.values, &s->resize.blended,
-                         &s->resize.turned,  &s->resize.resized, &s->canvas,        &s->blurred, &s->colours};
+    ResizeScratch *r = &s->resize;
+    Buffer *buffers[] = {r->axes,     r->axes + 1, r->axes + 2, r->axes + 3, &r->values,
+                         &r->blended, &r->turned,  &s->canvas,  &s->blurred};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         free(buffers[i]->data);
     decoder_free(&s->decoder);
 }
 
-static enum Status load_image(const Job *job, Scratch *scratch, Image *image)
+/* Y, Cb and Cr serve where a matrix ends the colour changes anyway. */
+static enum Status load_image(const Recipe *recipe, const Job *job, Decoder *decoder, Image *image)
 {
     const uint8_t *data = (const uint8_t *)(uintptr_t)job->address;
     if (job->width < 1 || job->height < 1 || job->width > JPEG_MAX_DIMENSION || job->height > JPEG_MAX_DIMENSION)
         return STATUS_SIZE;
+    *image = (Image){.width = (int)job->width, .height = (int)job->height};
     if (job->mode == MODE_RAW)
-        return copy_raw(&scratch->decoder, data, job->size, (int)job->width, (int)job->height, image);
-    return decode_jpeg(&scratch->decoder, data, job->size, (int)job->width, (int)job->height, image);
+        return copy_raw(decoder, data, job->size, image);
+    return decode_jpeg(decoder, data, job->size, recipe->colour == COLOUR_LINEAR, image);
+}
+
+static int prepare_canvas(int size, Buffer *buffer, Canvas *canvas)
+{
+    int padded = (size + PLANE_STRIP - 1) / PLANE_STRIP * PLANE_STRIP;
+    /* 64: planes a multiple of a page apart would share the sets of a cache */
+    *canvas = (Canvas){.size = size, .padded = padded, .plane = (ptrdiff_t)padded * padded + 64};
+    canvas->pixels = reserve(buffer, 3 * (size_t)canvas->plane * sizeof(int16_t));
+    return canvas->pixels != NULL;
 }
 
 /* crop, resize, flip -> colour -> greyscale -> blur -> solarise, in the order of the published pipelines */
-static enum Status make_view(const Context *context, const Image *image, int size, const Params *p, Scratch *scratch,
+static enum Status make_view(const Recipe *recipe, const Image *image, int size, const Params *drawn, Scratch *scratch,
                              uint8_t *out)
 {
-    const Recipe *recipe = &context->recipe;
-    int padded = (size + STRIP - 1) / STRIP * STRIP;
-    Canvas canvas = {size, padded, 3 * (ptrdiff_t)padded, NULL};
-    canvas.pixels = reserve(&scratch->canvas, (size_t)canvas.stride * padded * sizeof(int16_t));
-    if (!canvas.pixels)
+    Params p = *drawn;
+    Canvas canvas;
+    if (recipe->geometry_only)
+        p.jitter = p.gray = p.solarize = 0, p.sigma = 0;
+    if (!prepare_canvas(size, &scratch->canvas, &canvas))
         return STATUS_MEMORY;
-    enum Status status = resize(image, p, recipe->filter, &scratch->resize, &canvas);
-    int photometric = !recipe->geometry_only;
-    if (status == STATUS_OK && photometric && (p->jitter || p->gray))
-        status = change_colour(&canvas, p, recipe->colour, &scratch->colours);
-    if (status == STATUS_OK && photometric && p->sigma > 0)
-        status = blur(&canvas, p->sigma, &scratch->blurred);
-    if (status == STATUS_OK)
-        write_bytes(&canvas, photometric && p->solarize, out);
+    enum Status status = resize(image, &p, recipe->filter, &scratch->resize, &canvas);
+    if (status != STATUS_OK)
+        return status;
+    if (recipe->colour == COLOUR_EXACT && (p.jitter || p.gray))
+        colour_exact(&canvas, &p);
+    if (recipe->colour == COLOUR_LINEAR && (p.jitter || p.gray || canvas.is_ycc))
+        colour_linear(&canvas, &p);
+    if (p.sigma > 0)
+        status = blur(&canvas, p.sigma, &scratch->blurred);
+    write_bytes(&canvas, p.solarize, out);
     return status;
 }
 
@@ -97,12 +112,12 @@ static enum Status make_sample(const Batch *batch, int64_t slot, Scratch *scratc
     const Context *context = batch->context;
     const Job *job = batch->jobs + slot;
     Image image;
-    enum Status status = load_image(job, scratch, &image);
+    enum Status status = load_image(&context->recipe, job, &scratch->decoder, &image);
     for (int i = 0; i < context->recipe.num_views && status == STATUS_OK; i++) {
         Params p;
         const View *view = context->views + i;
         draw_params(&context->recipe, view, i, job->sample_id, image.width, image.height, &p);
-        status = make_view(context, &image, view->size, &p, scratch, place(view, batch->count, slot, batch->out));
+        status = make_view(&context->recipe, &image, view->size, &p, scratch, place(view, batch->count, slot, batch->out));
     }
     return status;
 }
@@ -183,10 +198,11 @@ void views_draw(const Context *context, const Job *jobs, int64_t count, Params *
 int views_render(Context *context, const Job *job, const Params *params, uint8_t *out)
 {
     Image image;
-    enum Status status = load_image(job, context->scratch, &image);
+    enum Status status = load_image(&context->recipe, job, &context->scratch->decoder, &image);
     for (int i = 0; i < context->recipe.num_views && status == STATUS_OK; i++) {
         const View *view = context->views + i;
-        status = make_view(context, &image, view->size, params + i, context->scratch, place(view, 1, 0, out));
+        status = make_view(&context->recipe, &image, view->size, params + i, context->scratch,
+                           place(view, 1, 0, out));
     }
     return status;
 }

@@ -1,6 +1,6 @@
 /* Shared by the parts of the view kernel: what a recipe is, what is drawn for one view, and growing scratch memory.
  *
- * Pixels between two steps are int16 in units of 1/64 grey level ("Q6"), interleaved RGB: half the memory of float,
+ * Pixels between two steps are int16 in units of 1/64 grey level ("Q6"), one plane a channel: half the memory of float,
  * twice the lanes of a vector register, and rounding far below the final rounding to 8 bits. The code uses no
  * floating-point shortcut that depends on the vector width, so every build gives the same bytes.
  */
@@ -16,7 +16,7 @@
 
 /* Two machine-code versions of a hot function, chosen once at load time; elsewhere the one portable version. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(VIEWS_PORTABLE)
-#define CLONES __attribute__((target_clones("default", "avx2")))
+#define CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
 #else
 #define CLONES
 #endif
@@ -82,14 +82,20 @@ static inline void *reserve(Buffer *buffer, size_t size)
     return buffer->data;
 }
 
-/* One view in the making: `size` rows of `stride` int16, RGB interleaved, Q6. Rows are padded to whole vectors. */
+/* One view in the making: planes of R, G and B, or of Y, Cb and Cr, of which the last two are centred on 0. It lies on
+ * its side, for so the resize leaves it: a column of the view is contiguous. Only the last step turns it. */
 typedef struct {
-    int size, padded; /* pixels */
-    ptrdiff_t stride; /* int16 elements: 3 * padded */
+    int size, padded; /* pixels; padded: of a column, to whole vectors, and columns to as many */
+    int num_planes;   /* 1: grey */
+    int is_ycc;
+    ptrdiff_t plane; /* int16 elements from one plane to the next */
     int16_t *pixels;
 } Canvas;
 
-typedef int16_t Eight __attribute__((vector_size(16)));
+INLINE int16_t *column_of(const Canvas *canvas, int plane, int x)
+{
+    return canvas->pixels + plane * canvas->plane + (ptrdiff_t)x * canvas->padded;
+}
 
 /* In 16 bits from end to end, or the compiler would widen the whole loop. */
 INLINE int16_t clamp_short(int16_t value, int16_t low, int16_t high)
