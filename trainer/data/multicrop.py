@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from queue import Empty
 from time import monotonic
@@ -82,7 +83,7 @@ def open_loader(beton: Path, kernel: Kernel, batch_size: int) -> Loader:
     pipelines: dict[str, Any] = dict.fromkeys(Reader(str(beton)).handlers)
     pipelines["image"] = [MultiCrop(kernel)]
     with patch("ffcv.loader.loader.OSCacheManager", SampleTable):
-        return Loader(
+        loader = Loader(
             str(beton),
             batch_size,
             num_workers=1,
@@ -92,6 +93,9 @@ def open_loader(beton: Path, kernel: Kernel, batch_size: int) -> Loader:
             batches_ahead=BATCHES_AHEAD,
             pipelines=pipelines,
         )
+    # FFCV would allocate (and pin) its buffers anew in every epoch; one epoch runs at a time, so one set is enough.
+    loader.graph.allocate_memory = cache(loader.graph.allocate_memory)
+    return loader
 
 
 class EpochThread(EpochIterator):  # type: ignore[misc]
