@@ -1,6 +1,7 @@
 """The resize against PIL's, which the published recipes used."""
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 
 from tests.data.pictures import difference, jpeg, picture, plain_params, render
 from trainer.data.kernel import Kernel, Resize
-from trainer.data.views import CenterView
+from trainer.data.views import CenterView, View
 
 METHODS: dict[Resize, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -124,3 +125,23 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(width: int, 
         [transforms.Resize(256, InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(224)]
     )(Image.fromarray(pixels))
     check_with_pil(ours, reference, "bicubic")
+
+
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/imagenet1k_sample/original"
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs ../shared/data/imagenet1k_sample")
+def test_on_photographs_bicubic_is_pils_to_one_level_in_999_of_1000_pixels() -> None:
+    plain = {"flip_prob": 0, "jitter_prob": 0, "gray_prob": 0, "blur_prob": 0}
+    views = [View(size=224, scale=(0.3, 1.0), **plain), View(size=128, scale=(0.05, 0.3), **plain)]
+    kernel, distances = Kernel(views), []
+    for number, path in enumerate(sorted(PHOTOGRAPHS.rglob("*.JPEG"))):
+        with Image.open(path) as opened:
+            photograph = opened.convert("RGB")
+        params = kernel.draw([number], [photograph.width], [photograph.height])[:, 0]
+        for (ours,), drawn in zip(kernel.render(np.asarray(photograph), params), params, strict=True):
+            crop = photograph.crop(drawn["box"].astype(int).tolist())
+            distances.append(difference(ours, crop.resize((len(ours), len(ours)), Image.Resampling.BICUBIC)).ravel())
+    assert len(distances) == 200
+    assert (np.concatenate(distances) <= 1).mean() >= 0.999
