@@ -93,13 +93,21 @@ def test_a_signal_ends_the_conversion_and_leaves_nothing(images: Path, tmp_path:
     out = tmp_path / "out" / "x.beton"
     command = [sys.executable, "-m", "data_prep", "convert", source, out, "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=signals_as_in_a_terminal
+    ) as process:
         _stop_once_begun(process.pid, out, number)
         _, error = process.communicate(timeout=200)
     assert process.returncode == 128 + number
     assert error.splitlines()[-1] == "data_prep convert: stopped; nothing was written"
     assert "Traceback" not in error
     assert list(out.parent.iterdir()) == []
+
+
+def signals_as_in_a_terminal() -> None:
+    """A test run in the background, or under nohup, hands on that these are ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _stop_once_begun(pid: int, out: Path, number: int) -> None:
@@ -133,7 +141,11 @@ class SlowReader:
         return b""
 
 
-def test_a_stopped_conversion_does_not_wait_for_the_images_in_hand(images: Path, tmp_path: Path) -> None:
+def test_a_stopped_conversion_does_not_wait_for_the_images_in_hand(
+    images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     started = time.monotonic()
     stopper = threading.Thread(target=_stop_once_begun, args=(os.getpid(), tmp_path / "x.beton", signal.SIGINT))
     stopper.start()
