@@ -10,7 +10,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.schema import open_beton
@@ -122,20 +121,18 @@ class Cost:
         return self.teacher + 3 * self.student
 
 
+@torch.no_grad()
 def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_size: int = 2) -> Cost:
-    """Count convolutions, matrix products and attention while the real code runs on `batch_size` images.
+    """Count convolutions, matrix products and attention while the real code runs on `batch_size` blank images.
 
-    Nothing is computed: fake tensors have shapes and no contents. The backward pass is not run, since torch counts
-    depth-wise convolutions wrongly there.
+    The backward pass is not run: torch counts depth-wise convolutions wrongly there.
     """
     progress = Progress(step=0, epoch=0, lr=0, weight_decay=0, momentum=0)
     target: Tensor | None = None
-    shapes_only = FakeTensorMode()
-    with FakeCopyMode(shapes_only):
-        method, teacher = copy.deepcopy((method, teacher))
-    with shapes_only, FlopCounterMode(display=False) as counter:
-        sizes = [view.size for view in recipe.views.each()]
-        views = [torch.empty(sizes.count(size) * batch_size, 3, size, size) for size in dict.fromkeys(sizes)]
+    method, teacher = copy.deepcopy((method, teacher))  # the forward pass moves statistics of BatchNorm
+    sizes = [view.size for view in recipe.views.each()]
+    views = [torch.zeros(sizes.count(size) * batch_size, 3, size, size) for size in dict.fromkeys(sizes)]
+    with FlopCounterMode(display=False) as counter:
         if teacher is not None:
             target = teacher(method.teacher_views(views))
         of_teacher = counter.get_total_flops()
