@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Two machine-code versions of a hot function, chosen once at load time; elsewhere the one portable version. */
+/* Three machine-code versions of a hot function, chosen once at load time; elsewhere the one portable version. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(VIEWS_PORTABLE)
 #define CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
 #else
