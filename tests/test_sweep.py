@@ -14,7 +14,7 @@ from trainer.sweep import planned_runs, read_sweep
 from trainer.sweep_report import Outcome, markdown
 
 SWEEPS = sorted((Path(__file__).parents[1] / "recipes/sweeps").glob("*.yaml"))
-MINIATURE = SWEEPS[0].with_name("views_miniature_compute.yaml")
+MINIATURE = SWEEPS[0].with_name("views_miniature.yaml")
 
 
 SMALL = (
@@ -55,12 +55,26 @@ def test_every_case_of_every_study_is_a_valid_recipe_of_its_own(path: Path, synt
 
 
 def test_equal_compute_gives_the_cheaper_case_more_epochs(synthetic: Path, tmp_path: Path) -> None:
-    """SSLight's local views cost (32 / 24)^2 as much as the baseline's."""
-    runs = planned_runs(read_sweep(MINIATURE), MINIATURE, ["optim.epochs=40", *data_of(synthetic)], tmp_path)
+    sizes = {"views.global_views.size": 56, "views.local_views.count": 4, "method.global_weight": 0.4}
+    cases = [
+        {"name": str(size), "set": {**sizes, "views.local_views.size": size, "method.local_weight": 0.6}}
+        for size in (24, 32)
+    ]
+    path = write_sweep(tmp_path, cases=cases, equal="compute", recipe=str(DEMO.with_name("moco_demo.yaml")))
+    runs = planned_runs(read_sweep(path), path, ["optim.epochs=40", *data_of(synthetic)], tmp_path)
     spent = [run.gmacs_per_image * run.recipe.optim.epochs for run in runs]
     assert runs[1].recipe.optim.epochs < runs[0].recipe.optim.epochs == 40
     assert spent[1] == pytest.approx(spent[0], rel=0.02)
     assert runs[1].gmacs_per_image > 1.1 * runs[0].gmacs_per_image
+
+
+def test_the_miniature_study_compares_at_equal_steps_and_at_equal_compute(synthetic: Path, tmp_path: Path) -> None:
+    baseline, same_steps, same_compute = planned_runs(
+        read_sweep(MINIATURE), MINIATURE, [*data_of(synthetic), "seed=0"], tmp_path
+    )[:3]
+    assert baseline.recipe.optim.epochs == same_steps.recipe.optim.epochs
+    spent = [run.gmacs_per_image * run.recipe.optim.epochs for run in (baseline, same_compute)]
+    assert spent[1] == pytest.approx(spent[0], rel=0.02)
 
 
 def test_a_sweep_trains_evaluates_tabulates_plots_and_does_nothing_twice(
