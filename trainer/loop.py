@@ -1,7 +1,6 @@
 """THE training loop: one function that reads from top to bottom."""
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import repeat
@@ -18,6 +17,7 @@ from trainer.data.photometric import to_float
 from trainer.engine import autocast, keep_rewritten, load_ds_config
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
+from trainer.guards import FiniteGuard, watchdog
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.optim import set_progress
 from trainer.recipe import Recipe
@@ -26,10 +26,6 @@ from trainer.schedules import Progress
 log = logging.getLogger(__name__)
 SUCCESS = "finished"
 """The file that a run leaves when it has trained to its end; a launcher's exit code alone can lie."""
-
-
-class TrainingError(RuntimeError):
-    """Training that must not go on."""
 
 
 def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> None:
@@ -52,8 +48,9 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     schedules, optim, keep = run.schedules, recipe.optim, recipe.run.keep_checkpoints
     precision = autocast(ds_config, device)
     checkpoint_steps = max(1, round(recipe.run.checkpoint_every_epochs * schedules.steps_per_epoch))
-    averages, clock = Averages(), StepClock(optim.global_batch)
+    averages, clock, guard = Averages(), StepClock(optim.global_batch), FiniteGuard()
     with (
+        watchdog(recipe.run.hang_timeout_s) as dog,
         closing(run.loader),
         MetricLog(folder, next_step, schedules.num_steps, tensorboard=recipe.run.tensorboard) as metrics,
     ):
@@ -67,24 +64,27 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                 for _ in range(optim.accumulation):
                     views, labels, num_bad = clock.waits_for(to_device, batches, recipe, device)
                     with precision:
-                        teacher_output = run.teacher and run.teacher(run.method.teacher_views(views))
-                    loss, parts = run.engine(views, teacher_output, progress, labels)
+                        teacher_output = run.teacher(run.method.teacher_views(views)) if run.teacher else None
+                    loss, parts, views_finite = run.engine(views, teacher_output, progress, labels)
                     run.engine.backward(loss)
                     run.engine.step()
+                    guard.see(step, loss, views_finite, teacher_output)
                     averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
+                guard.count(applied=applied)
                 run.method.after_step(applied=applied)
                 keep_rewritten(run.method.rewritten_parameters())
                 if run.teacher is not None and applied:
                     run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
+                dog.heard()
 
                 next_step = step + 1
                 is_last = next_step == schedules.num_steps
                 is_checkpoint = next_step % checkpoint_steps == 0 or is_last
                 if next_step % recipe.run.log_every_steps == 0 or is_checkpoint:
                     record = describe(progress) | averages.read() | clock.read()
-                    stop_if_not_finite(record)
+                    guard.check(record)
                     metrics.write(record)
                     metrics.show(record)
                 if is_checkpoint:
@@ -92,10 +92,12 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                     weights.save(folder, recipe, run.method, run.teacher)
                     clock.resume()
             batches.close()
+            dog.rest()
             accuracies = evaluate(recipe, run, epoch, device, is_last=is_last)
             if accuracies:
                 metrics.write({"step": step, "epoch": epoch, **accuracies})
                 log.info("epoch %d  %s", epoch, brief(accuracies))
+            dog.heard()
     if distributed.is_main():
         run_dir.write_text(folder / SUCCESS, f"{next_step} steps\n")
         log.info("finished %d steps; the run is in %s", next_step, folder)
@@ -144,16 +146,6 @@ def describe(progress: Progress) -> dict[str, Any]:
         "weight_decay": progress.weight_decay,
         "momentum": progress.momentum,
     }
-
-
-def stop_if_not_finite(record: dict[str, Any]) -> None:
-    """End the run, on all ranks at once since the record is theirs together, before a checkpoint keeps the damage."""
-    broken = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        raise TrainingError(
-            f"{', '.join(broken)} not finite at or before step {record['step']}; the last checkpoint is sound. Lower "
-            "optim.base_lr, lengthen optim.warmup_epochs, or look for damaged images with data_prep verify"
-        )
 
 
 def announce(recipe: Recipe, run: Assembly, step: int) -> None:
