@@ -83,27 +83,27 @@ INLINE void weigh_taps(const int16_t *const *rows, const int16_t *line, const in
     }
 }
 
-static CLONES void blur_down(const Canvas *canvas, int plane, const int16_t *weight, int radius, int16_t *out)
+static CLONES void blur_across(const Canvas *canvas, int plane, const int16_t *weight, int radius, int16_t *out)
 {
-    const int16_t *rows[canvas->size + 2 * radius];
+    const int16_t *columns[canvas->size + 2 * radius];
     for (int i = 0; i < canvas->size + 2 * radius; i++)
-        rows[i] = row_of(canvas, plane, mirror(i - radius, canvas->size));
-    for (int y = 0; y < canvas->size; y++, out += canvas->padded)
-        weigh_taps(rows + radius + y, NULL, weight, radius, canvas->padded, out);
+        columns[i] = column_of(canvas, plane, mirror(i - radius, canvas->size));
+    for (int x = 0; x < canvas->size; x++, out += canvas->padded)
+        weigh_taps(columns + radius + x, NULL, weight, radius, canvas->padded, out);
 }
 
-/* Each row is copied between mirrored margins; a tap is then the same row, shifted. */
-static CLONES void blur_across(const int16_t *in, const int16_t *weight, int radius, int16_t *line, const Canvas *canvas,
-                               int plane)
+/* Each column is copied between mirrored margins; a tap is then the same column, shifted. */
+static CLONES void blur_down(const int16_t *in, const int16_t *weight, int radius, int16_t *line, const Canvas *canvas,
+                             int plane)
 {
     int size = canvas->size;
-    for (int y = 0; y < size; y++, in += canvas->padded) {
+    for (int x = 0; x < size; x++, in += canvas->padded) {
         memcpy(line + radius, in, size * sizeof *in);
         for (int k = 1; k <= radius; k++) {
             line[radius - k] = in[mirror(-k, size)];
             line[radius + size - 1 + k] = in[mirror(size - 1 + k, size)];
         }
-        weigh_taps(NULL, line + radius, weight, radius, canvas->padded, row_of(canvas, plane, y));
+        weigh_taps(NULL, line + radius, weight, radius, canvas->padded, column_of(canvas, plane, x));
     }
 }
 
@@ -118,8 +118,8 @@ static enum Status blur(Canvas *canvas, float sigma, Buffer *buffer)
     if (!half)
         return STATUS_MEMORY;
     for (int i = 0; i < canvas->num_planes; i++) {
-        blur_down(canvas, i, weight, radius, half);
-        blur_across(half, weight, radius, half + plane, canvas, i);
+        blur_across(canvas, i, weight, radius, half);
+        blur_down(half, weight, radius, half + plane, canvas, i);
     }
     return STATUS_OK;
 }

@@ -8,7 +8,7 @@
 
 #include "views.h"
 
-/* One row of each channel. */
+/* One row of values of each channel, a column of the view. */
 typedef struct {
     int16_t *r, *g, *b;
     int padded; /* a multiple of 16; loops over & ~15 say so to the compiler */
@@ -148,12 +148,12 @@ static CLONES void plane_means(const Canvas *canvas, float mean[3])
 {
     for (int c = 0; c < 3; c++) {
         int64_t sum = 0;
-        for (int y = 0; y < canvas->size; y++) {
-            const int16_t *row = row_of(canvas, c, y);
-            int32_t of_row = 0; /* 131,000 white pixels fit; a row has 4,096 at most */
-            for (int x = 0; x < canvas->size; x++)
-                of_row += row[x];
-            sum += of_row;
+        for (int x = 0; x < canvas->size; x++) {
+            const int16_t *column = column_of(canvas, c, x);
+            int32_t of_column = 0; /* 131,000 white pixels fit; a column has 4,096 at most */
+            for (int y = 0; y < canvas->size; y++)
+                of_column += column[y];
+            sum += of_column;
         }
         mean[c] = (float)sum / ((float)canvas->size * (float)canvas->size);
     }
@@ -162,8 +162,8 @@ static CLONES void plane_means(const Canvas *canvas, float mean[3])
 /* Operations [from, to) of the order, and greyscale after the last one. */
 static CLONES void apply_colour(Canvas *canvas, const Params *p, int from, int to, float mean)
 {
-    for (int y = 0; y < canvas->size; y++) {
-        Row row = {row_of(canvas, 0, y), row_of(canvas, 1, y), row_of(canvas, 2, y), canvas->padded};
+    for (int x = 0; x < canvas->size; x++) {
+        Row row = {column_of(canvas, 0, x), column_of(canvas, 1, x), column_of(canvas, 2, x), canvas->padded};
         apply_ops(row, p, from, p->jitter ? to : from, mean);
         if (p->gray && to == NUM_OPS)
             saturate_row(row, 0);

@@ -11,13 +11,12 @@
 
 #include <setjmp.h>
 
-#include "transpose.h"
+#include "views.h"
 
 #include <jpeglib.h>
 #include <jerror.h>
 
-enum { MAX_SCANS = 500, STRIP_ROWS = 32, PADDING = 64 }; /* STRIP_ROWS: of a plane, libjpeg's most at a time */
-_Static_assert(STRIP_ROWS >= MAX_SAMP_FACTOR * DCTSIZE, "a strip must hold what libjpeg makes at a time");
+enum { MAX_SCANS = 500, ROWS_PER_CALL = 8, IMAGE_PADDING = 64 };
 
 typedef struct {
     struct jpeg_error_mgr manager; /* first: libjpeg hands back a pointer to it */
@@ -30,22 +29,20 @@ typedef struct {
     struct jpeg_progress_mgr progress;
     ErrorTrap trap;
     int ready;
-    Buffer pixels, rows; /* rows: a strip as libjpeg makes it */
-    ptrdiff_t row_stride;
+    Buffer buffer;
 } Decoder;
 
-/* Bytes that lie on their side: a column is contiguous, and `stride` bytes after it comes the next one. At least PADDING
- * readable bytes follow the last one. */
+/* Rows of `channels` interleaved bytes; at least IMAGE_PADDING readable bytes follow the last one. */
 typedef struct {
     uint8_t *pixels;
     ptrdiff_t stride;
-    int width, height; /* pixels: half as many as the image's where it is `halved` */
+    int channels, width, height; /* pixels: half as many as the image's where it is `halved` */
     int halved[2];
 } Plane;
 
-/* R, G and B, or Y, Cb and Cr. */
+/* One plane of RGB, or three of Y, Cb and Cr. */
 typedef struct {
-    int width, height, is_ycc;
+    int width, height, num_planes;
     Plane plane[3];
 } Image;
 
@@ -94,8 +91,7 @@ static void decoder_free(Decoder *d)
 {
     if (d->ready)
         jpeg_destroy_decompress(&d->jpeg);
-    free(d->pixels.data);
-    free(d->rows.data);
+    free(d->buffer.data);
 }
 
 /* Whether the planes can be used as they are: no chroma, or chroma of full or half the width and height. Chroma so
@@ -128,51 +124,28 @@ static enum Status read_header(struct jpeg_decompress_struct *jpeg, const uint8_
     return STATUS_OK;
 }
 
-/* Room for `width` columns, to whole tiles. Columns lie an odd number of cache lines apart, so that neighbours do not
- * share a set. */
-static size_t set_plane(int width, int height, int step, Plane *plane)
+static enum Status set_rgb(Buffer *buffer, Image *image)
 {
-    plane->stride = step * (ptrdiff_t)((height + 63) / 64 * 64 | 64);
-    return (size_t)(plane->stride / step) * ((width + 15) / 16 * 16) + PADDING;
-}
-
-/* A turned row of interleaved bytes is a column of R, one of G, one of B, and so on. */
-static enum Status set_rgb(Decoder *d, Image *image)
-{
-    Plane plane = {.width = image->width, .height = image->height};
-    uint8_t *pixels = reserve(&d->pixels, set_plane(3 * image->width, image->height, 3, &plane));
-    d->row_stride = (3 * (ptrdiff_t)image->width + 15) / 16 * 16;
-    for (int i = 0; i < 3; i++) {
-        image->plane[i] = plane;
-        image->plane[i].pixels = pixels + i * (plane.stride / 3);
-    }
-    return pixels && reserve(&d->rows, STRIP_ROWS * d->row_stride) ? STATUS_OK : STATUS_MEMORY;
-}
-
-/* The decoder's strip of interleaved rows [first, last). */
-static void turn_rgb(const Decoder *d, int first, int last, const Image *image)
-{
-    turn(d->rows.data, d->row_stride, 3 * image->width, last - first, image->plane[0].pixels + first,
-         image->plane[0].stride / 3);
+    ptrdiff_t stride = 3 * (ptrdiff_t)image->width;
+    uint8_t *pixels = reserve(buffer, (size_t)stride * image->height + IMAGE_PADDING);
+    image->num_planes = 1;
+    image->plane[0] = (Plane){pixels, stride, 3, image->width, image->height, {0, 0}};
+    return pixels ? STATUS_OK : STATUS_MEMORY;
 }
 
 static enum Status read_rgb(Decoder *d, Image *image)
 {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
-    if (set_rgb(d, image) != STATUS_OK)
+    if (set_rgb(&d->buffer, image) != STATUS_OK)
         return STATUS_MEMORY;
     jpeg->out_color_space = JCS_RGB;
     jpeg->do_fancy_upsampling = TRUE;
     jpeg_start_decompress(jpeg);
-    for (int first = 0, y = 0; y < image->height; first = y) {
-        for (; y < image->height && y < first + STRIP_ROWS; y = (int)jpeg->output_scanline) {
-            JSAMPROW row[MAX_SAMP_FACTOR]; /* libjpeg makes no more of them at a time */
-            int left = first + STRIP_ROWS - y;
-            for (int i = 0; i < MAX_SAMP_FACTOR; i++)
-                row[i] = (uint8_t *)d->rows.data + (y - first + i) * d->row_stride;
-            jpeg_read_scanlines(jpeg, row, left < MAX_SAMP_FACTOR ? left : MAX_SAMP_FACTOR);
-        }
-        turn_rgb(d, first, y, image);
+    while (jpeg->output_scanline < jpeg->output_height) {
+        JSAMPROW rows[ROWS_PER_CALL];
+        for (int i = 0; i < ROWS_PER_CALL; i++) /* libjpeg stops at the last row by itself */
+            rows[i] = image->plane[0].pixels + (jpeg->output_scanline + i) * image->plane[0].stride;
+        jpeg_read_scanlines(jpeg, rows, ROWS_PER_CALL);
     }
     return STATUS_OK;
 }
@@ -182,25 +155,22 @@ static enum Status set_planes(Decoder *d, Image *image)
 {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     size_t offset[4] = {0};
-    image->is_ycc = 1;
+    image->num_planes = 3;
     for (int i = 0; i < 3; i++) {
         const jpeg_component_info *c = jpeg->comp_info + (i < jpeg->num_components ? i : 0);
         int halved[2] = {2 * c->h_samp_factor == jpeg->max_h_samp_factor,
                          2 * c->v_samp_factor == jpeg->max_v_samp_factor};
-        Plane *plane = image->plane + i;
-        *plane = (Plane){.width = (image->width + halved[0]) >> halved[0],
-                         .height = (image->height + halved[1]) >> halved[1],
-                         .halved = {halved[0], halved[1]}};
-        int height = DCTSIZE * ((int)c->height_in_blocks + c->v_samp_factor);
-        offset[i + 1] = offset[i] + set_plane(DCTSIZE * (int)c->width_in_blocks, height, 1, plane);
+        image->plane[i] = (Plane){NULL, DCTSIZE * (ptrdiff_t)c->width_in_blocks, 1, (image->width + halved[0]) >> halved[0],
+                                  (image->height + halved[1]) >> halved[1], {halved[0], halved[1]}};
+        size_t rows = (size_t)DCTSIZE * (c->height_in_blocks + c->v_samp_factor);
+        offset[i + 1] = offset[i] + image->plane[i].stride * rows + IMAGE_PADDING;
     }
-    uint8_t *pixels = reserve(&d->pixels, offset[3]);
+    uint8_t *pixels = reserve(&d->buffer, offset[3]);
     for (int i = 0; pixels && i < 3; i++)
         image->plane[i].pixels = pixels + offset[i];
     if (pixels && jpeg->num_components == 1)
         memset(pixels + offset[1], 128, offset[3] - offset[1]);
-    d->row_stride = (DCTSIZE * (ptrdiff_t)jpeg->comp_info[0].width_in_blocks + 15) / 16 * 16;
-    return pixels && reserve(&d->rows, 3 * STRIP_ROWS * d->row_stride) ? STATUS_OK : STATUS_MEMORY;
+    return pixels ? STATUS_OK : STATUS_MEMORY;
 }
 
 static enum Status read_planes(Decoder *d, Image *image)
@@ -211,18 +181,13 @@ static enum Status read_planes(Decoder *d, Image *image)
     jpeg->raw_data_out = TRUE;
     jpeg->do_fancy_upsampling = FALSE;
     jpeg_start_decompress(jpeg);
-    JSAMPROW rows[3][STRIP_ROWS];
+    JSAMPROW rows[3][MAX_SAMP_FACTOR * DCTSIZE];
     JSAMPARRAY planes[3] = {rows[0], rows[1], rows[2]};
-    for (int i = 0; i < 3 * STRIP_ROWS; i++)
-        rows[i / STRIP_ROWS][i % STRIP_ROWS] = (uint8_t *)d->rows.data + i * d->row_stride;
     for (int strip = 0; jpeg->output_scanline < jpeg->output_height; strip++) {
+        for (int i = 0; i < jpeg->num_components; i++)
+            for (int y = 0, count = jpeg->comp_info[i].v_samp_factor * DCTSIZE; y < count; y++)
+                rows[i][y] = image->plane[i].pixels + (strip * count + y) * image->plane[i].stride;
         jpeg_read_raw_data(jpeg, planes, jpeg->max_v_samp_factor * DCTSIZE);
-        for (int i = 0; i < jpeg->num_components; i++) {
-            const jpeg_component_info *c = jpeg->comp_info + i;
-            int height = c->v_samp_factor * DCTSIZE;
-            turn(rows[i][0], d->row_stride, DCTSIZE * (int)c->width_in_blocks, height,
-                 image->plane[i].pixels + strip * height, image->plane[i].stride);
-        }
     }
     return STATUS_OK;
 }
@@ -251,20 +216,14 @@ static enum Status decode_jpeg(Decoder *d, const uint8_t *data, size_t size, int
     return decoder_init(d) ? decode_trapped(d, data, size, planes, image) : STATUS_MEMORY;
 }
 
-/* FFCV's raw mode: the pixels themselves. A strip is copied first, for the bytes after them are not ours to read. */
-static enum Status turn_raw(Decoder *d, const uint8_t *data, size_t size, Image *image)
+/* FFCV's raw mode: the pixels themselves. They are copied, for the bytes after them are not ours to read. */
+static enum Status copy_raw(Decoder *d, const uint8_t *data, size_t size, Image *image)
 {
-    size_t row = 3 * (size_t)image->width;
-    if (size != row * image->height)
+    if (size != 3 * (size_t)image->width * image->height)
         return STATUS_SIZE;
-    if (set_rgb(d, image) != STATUS_OK)
+    if (set_rgb(&d->buffer, image) != STATUS_OK)
         return STATUS_MEMORY;
-    for (int y = 0; y < image->height; y++) {
-        int first = y / STRIP_ROWS * STRIP_ROWS;
-        memcpy((uint8_t *)d->rows.data + (y - first) * d->row_stride, data + y * row, row);
-        if (y == first + STRIP_ROWS - 1 || y == image->height - 1)
-            turn_rgb(d, first, y + 1, image);
-    }
+    memcpy(image->plane[0].pixels, data, size);
     return STATUS_OK;
 }
 

@@ -90,10 +90,10 @@ static float reach(const Matrix *m)
 }
 
 /* `rows` (a constant where this is inlined): 1 for grey, whose three rows are the same. */
-INLINE void apply_matrix_to_row(const Canvas *canvas, int y, int16_t k[3][4], int shift, int rows)
+INLINE void apply_matrix_to_column(const Canvas *canvas, int x, int16_t k[3][4], int shift, int rows)
 {
-    int16_t *restrict r = row_of(canvas, 0, y), *restrict g = row_of(canvas, 1, y),
-                      *restrict b = row_of(canvas, 2, y);
+    int16_t *restrict r = column_of(canvas, 0, x), *restrict g = column_of(canvas, 1, x),
+                      *restrict b = column_of(canvas, 2, x);
     int16_t white = (int16_t)(Q6_WHITE >> shift), power = (int16_t)(1 << shift);
     for (ptrdiff_t i = 0; i < (canvas->padded & ~15); i++) {
         int16_t out[3];
@@ -115,11 +115,11 @@ static CLONES void apply_matrix(Canvas *canvas, const Matrix *matrix)
             k[i][j] = fixed(matrix->m[i][j], shift);
         k[i][3] = (int16_t)lrintf(matrix->m[i][3] / (float)(1 << shift));
     }
-    for (int y = 0; y < canvas->size; y++)
+    for (int x = 0; x < canvas->size; x++)
         if (canvas->num_planes == 1)
-            apply_matrix_to_row(canvas, y, k, shift, 1);
+            apply_matrix_to_column(canvas, x, k, shift, 1);
         else
-            apply_matrix_to_row(canvas, y, k, shift, 3);
+            apply_matrix_to_column(canvas, x, k, shift, 3);
 }
 
 static void colour_linear(Canvas *canvas, const Params *p)

@@ -65,13 +65,13 @@ static enum Status load_image(const Recipe *recipe, const Job *job, Decoder *dec
         return STATUS_SIZE;
     *image = (Image){.width = (int)job->width, .height = (int)job->height};
     if (job->mode == MODE_RAW)
-        return turn_raw(decoder, data, job->size, image);
+        return copy_raw(decoder, data, job->size, image);
     return decode_jpeg(decoder, data, job->size, recipe->colour == COLOUR_LINEAR, image);
 }
 
 static int prepare_canvas(int size, Buffer *buffer, Canvas *canvas)
 {
-    int padded = (size + STRIP - 1) / STRIP * STRIP;
+    int padded = (size + PLANE_STRIP - 1) / PLANE_STRIP * PLANE_STRIP;
     /* 64: planes a multiple of a page apart would share the sets of a cache */
     *canvas = (Canvas){.size = size, .padded = padded, .plane = (ptrdiff_t)padded * padded + 64};
     canvas->pixels = reserve(buffer, 3 * (size_t)canvas->plane * sizeof(int16_t));

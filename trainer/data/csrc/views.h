@@ -82,18 +82,19 @@ static inline void *reserve(Buffer *buffer, size_t size)
     return buffer->data;
 }
 
-/* One view in the making: planes of R, G and B, or of Y, Cb and Cr, of which the last two are centred on 0. */
+/* One view in the making: planes of R, G and B, or of Y, Cb and Cr, of which the last two are centred on 0. It lies on
+ * its side, for so the resize leaves it: a column of the view is contiguous. Only the last step turns it. */
 typedef struct {
-    int size, padded; /* pixels; padded: of a row, to whole vectors, and rows to as many */
+    int size, padded; /* pixels; padded: of a column, to whole vectors, and columns to as many */
     int num_planes;   /* 1: grey */
     int is_ycc;
     ptrdiff_t plane; /* int16 elements from one plane to the next */
     int16_t *pixels;
 } Canvas;
 
-INLINE int16_t *row_of(const Canvas *canvas, int plane, int y)
+INLINE int16_t *column_of(const Canvas *canvas, int plane, int x)
 {
-    return canvas->pixels + plane * canvas->plane + (ptrdiff_t)y * canvas->padded;
+    return canvas->pixels + plane * canvas->plane + (ptrdiff_t)x * canvas->padded;
 }
 
 /* In 16 bits from end to end, or the compiler would widen the whole loop. */

@@ -1,10 +1,12 @@
-/* The end of every view: planes of 16-bit values to interleaved bytes, with or without solarisation. */
+/* The end of every view: columns of 16-bit values to rows of interleaved bytes, with or without solarisation. */
 #ifndef FEATHERWEIGHT_WRITE_H
 #define FEATHERWEIGHT_WRITE_H
 
 #include "transpose.h"
 
-enum { SOLARIZE_THRESHOLD = 128, RUN = 32 }; /* RUN: pixels at a time */
+enum { SOLARIZE_THRESHOLD = 128, TILE_WIDTH = 16, TILE_HEIGHT = 8, TILE_BYTES = 3 * TILE_WIDTH };
+
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
 INLINE int16_t to_byte(int16_t value, int solarize)
 {
@@ -13,56 +15,71 @@ INLINE int16_t to_byte(int16_t value, int solarize)
     return solarize && byte >= SOLARIZE_THRESHOLD ? (int16_t)(255 - byte) : byte;
 }
 
-INLINE void to_bytes(const int16_t *restrict values, int solarize, uint8_t *restrict bytes)
+/* Two bytes in each lane, turned: out[y] of columns x holds low[x][y] | high[x][y] << 8. */
+INLINE void pair_and_turn(const int16_t *low, const int16_t *high, ptrdiff_t pitch, int solarize, int16_t out[8][8])
 {
-    for (int i = 0; i < RUN; i++)
-        bytes[i] = (uint8_t)to_byte(values[i], solarize);
+    int16_t pairs[8][8];
+    for (int x = 0; x < 8; x++)
+        for (int y = 0; y < 8; y++)
+            pairs[x][y] = (int16_t)(to_byte(low[x * pitch + y], solarize) | to_byte(high[x * pitch + y], solarize) << 8);
+    transpose_tile(pairs[0], 8, out[0], 8);
 }
 
-/* Bytes of three vectors in turn. */
-INLINE void pick(Sixteen a, Sixteen b, Sixteen c, uint8_t *out)
+/* 16 pixels from the red and green of eight, of eight more, and the blue of both; a vector is picked from two or three. */
+INLINE void join_pixels(const int16_t *left, const int16_t *right, const int16_t *blues, uint8_t *out)
 {
-    Sixteen ab = __builtin_shufflevector(a, b, 0, 17, 2, 3, 20, 5, 6, 23, 8, 9, 26, 11, 12, 29, 14, 15);
-    Sixteen abc = __builtin_shufflevector(ab, c, 0, 1, 18, 3, 4, 21, 6, 7, 24, 9, 10, 27, 12, 13, 30, 15);
-    memcpy(out, &abc, sizeof abc);
+    Sixteen first, second, blue;
+    memcpy(&first, left, sizeof first), memcpy(&second, right, sizeof second), memcpy(&blue, blues, sizeof blue);
+    Sixteen u = __builtin_shufflevector(first, blue, 0, 1, 16, 2, 3, 18, 4, 5, 20, 6, 7, 22, 8, 9, 24, 10);
+    Sixteen v = __builtin_shufflevector(first, blue, 11, 26, 12, 13, 28, 14, 15, 30, 0, 0, 17, 0, 0, 19, 0, 0);
+    v = __builtin_shufflevector(v, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 10, 18, 19, 13, 20, 21);
+    Sixteen w = __builtin_shufflevector(second, blue, 21, 6, 7, 23, 8, 9, 25, 10, 11, 27, 12, 13, 29, 14, 15, 31);
+    memcpy(out, &u, sizeof u), memcpy(out + 16, &v, sizeof v), memcpy(out + 32, &w, sizeof w);
 }
 
-/* 16 pixels. Each channel is spread over the bytes of three vectors at once, for its places there do not overlap; then
- * every byte is picked from the channel that it belongs to. */
-INLINE void join_pixels(const uint8_t *reds, const uint8_t *greens, const uint8_t *blues, uint8_t *out)
+/* Columns [x, x + TILE_WIDTH) of rows [y, y + TILE_HEIGHT); `out` rows are `stride` bytes apart. */
+INLINE void turn_tile(const Canvas *canvas, int x, int y, int solarize, uint8_t *out, ptrdiff_t stride)
 {
-    Sixteen r, g, b;
-    memcpy(&r, reds, sizeof r), memcpy(&g, greens, sizeof g), memcpy(&b, blues, sizeof b);
-    r = __builtin_shufflevector(r, r, 0, 11, 6, 1, 12, 7, 2, 13, 8, 3, 14, 9, 4, 15, 10, 5);
-    g = __builtin_shufflevector(g, g, 5, 0, 11, 6, 1, 12, 7, 2, 13, 8, 3, 14, 9, 4, 15, 10);
-    b = __builtin_shufflevector(b, b, 10, 5, 0, 11, 6, 1, 12, 7, 2, 13, 8, 3, 14, 9, 4, 15);
-    pick(r, g, b, out), pick(g, b, r, out + 16), pick(b, r, g, out + 32);
+    int16_t left[8][8], right[8][8], blues[8][8];
+    int green = canvas->num_planes == 1 ? 0 : 1, blue = 2 * green; /* grey is its own green and blue */
+    const int16_t *r = column_of(canvas, 0, x) + y, *g = column_of(canvas, green, x) + y;
+    const int16_t *b = column_of(canvas, blue, x) + y;
+    ptrdiff_t pitch = canvas->padded;
+    pair_and_turn(r, g, pitch, solarize, left);
+    pair_and_turn(r + 8 * pitch, g + 8 * pitch, pitch, solarize, right);
+    pair_and_turn(b, b + 8 * pitch, pitch, solarize, blues);
+    for (int i = 0; i < TILE_HEIGHT; i++)
+        join_pixels(left[i], right[i], blues[i], out + i * stride);
 }
 
-INLINE void write_rows(const Canvas *canvas, int solarize, uint8_t *out)
+/* A tile that reaches over the view's edge. */
+INLINE void turn_edge(const Canvas *canvas, int x, int y, int solarize, uint8_t *out)
 {
-    int size = canvas->size, is_gray = canvas->num_planes == 1;
-    for (int y = 0; y < size; y++)
-        for (int x = 0; x < size; x += RUN) {
-            uint8_t bytes[3][RUN], joined[3 * RUN];
-            for (int c = 0; c < 3; c++)
-                to_bytes(row_of(canvas, is_gray ? 0 : c, y) + x, solarize, bytes[c]);
-            int whole = x + RUN <= size;
-            uint8_t *to = whole ? out + 3 * ((ptrdiff_t)size * y + x) : joined;
-            for (int i = 0; i < RUN; i += 16)
-                join_pixels(bytes[0] + i, bytes[1] + i, bytes[2] + i, to + 3 * i);
-            if (!whole)
-                memcpy(out + 3 * ((ptrdiff_t)size * y + x), joined, 3 * (size_t)(size - x));
-        }
+    uint8_t tile[TILE_HEIGHT * TILE_BYTES];
+    int size = canvas->size, width = size - x < TILE_WIDTH ? size - x : TILE_WIDTH;
+    turn_tile(canvas, x, y, solarize, tile, TILE_BYTES);
+    for (int i = 0; i < TILE_HEIGHT && y + i < size; i++)
+        memcpy(out + 3 * (ptrdiff_t)size * (y + i) + 3 * x, tile + i * TILE_BYTES, 3 * (size_t)width);
+}
+
+INLINE void turn_all(const Canvas *canvas, int solarize, uint8_t *out)
+{
+    int size = canvas->size;
+    for (int x = 0; x < size; x += TILE_WIDTH)
+        for (int y = 0; y < size; y += TILE_HEIGHT)
+            if (x + TILE_WIDTH <= size && y + TILE_HEIGHT <= size)
+                turn_tile(canvas, x, y, solarize, out + 3 * ((ptrdiff_t)size * y + x), 3 * (ptrdiff_t)size);
+            else
+                turn_edge(canvas, x, y, solarize, out);
 }
 
 /* out: size x size x 3 bytes */
 static CLONES void write_bytes(const Canvas *canvas, int solarize, uint8_t *out)
 {
     if (solarize)
-        write_rows(canvas, 1, out);
+        turn_all(canvas, 1, out);
     else
-        write_rows(canvas, 0, out);
+        turn_all(canvas, 0, out);
 }
 
 #endif
