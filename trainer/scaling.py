@@ -136,14 +136,14 @@ def seconds(collective: Collective, cluster: Cluster, network: Network) -> float
 
 
 def zero_collectives(
-    num_trained: int, num_tensors: int, *, stage: int, ranks: int, accumulation: int
+    num_trained: int, num_tensors: int, *, num_teacher: int, stage: int, ranks: int, accumulation: int
 ) -> list[Collective]:
     """What DeepSpeed 0.19.8 moves of gradients and parameters in a step, as counted in runs of two ranks.
 
     Stages 1 and 2 all-reduce whole gradients too, and then gather what every rank has updated: half as much again as
-    stage 0. Stage 2 reduces at every micro-batch. Stage 3 gathers each tensor once a micro-batch and keeps it from the
-    forward pass to the backward one, since small networks stay below stage3_max_reuse_distance; tensors below
-    stage3_param_persistence_threshold even once a step, which is not counted on here.
+    stage 0. Stage 2 reduces at every micro-batch. Stage 3 gathers every tensor once a micro-batch and keeps it from the
+    forward pass to the backward one, since small networks stay below stage3_max_reuse_distance; and once more where a
+    teacher follows. Tensors below stage3_param_persistence_threshold it gathers once a step, which is left out here.
     """
     whole = FP32 * num_trained
     if stage == 0:
@@ -155,7 +155,8 @@ def zero_collectives(
         gathered = Collective(
             kind="all_gather", num_bytes=whole / ranks / num_tensors, times=num_tensors * accumulation
         )
-        return [gathered, Collective(kind="reduce_scatter", num_bytes=whole, times=accumulation)]
+        followed = Collective(kind="all_gather", num_bytes=FP32 * num_teacher / ranks, times=1 if num_teacher else 0)
+        return [gathered, followed, Collective(kind="reduce_scatter", num_bytes=whole, times=accumulation)]
     raise ValueError(f"wanted a ZeRO stage of {STAGES}, got {stage}")
 
 

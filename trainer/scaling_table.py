@@ -45,7 +45,12 @@ class Step:
     def collectives(self, stage: int, ranks: int, images: float) -> tuple[list[Collective], ...]:
         """Of gradients and parameters, of BatchNorm, of the objective; images: a rank and step."""
         of_zero = zero_collectives(
-            self.num_trained, self.num_tensors, stage=stage, ranks=ranks, accumulation=self.accumulation
+            self.num_trained,
+            self.num_tensors,
+            num_teacher=self.num_teacher,
+            stage=stage,
+            ranks=ranks,
+            accumulation=self.accumulation,
         )
         return of_zero, *self.traffic.at(images / self.accumulation)
 
