@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -12,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import DEMO, TINY, TINY_MOCO, launcher, losses, metrics, run, start
+from tests.launch import DEMO, TINY, TINY_MOCO, launcher, losses, metrics, run, start, wait_for_step
 
 CHECKPOINTS = "run.checkpoint_every_epochs=0.5"
 
@@ -97,14 +96,6 @@ def test_a_run_whose_rank_was_killed_goes_on_bit_for_bit(straight: Path, synthet
     assert losses(run_dir) == losses(straight)
     ours, theirs = (load_file(folder / "weights/teacher/model.safetensors") for folder in (run_dir, straight))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def wait_for_step(run_dir: Path, step: int, timeout_s: float = 400) -> None:
-    path = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + timeout_s
-    while not (path.exists() and path.read_text().count('"loss"') > step):
-        assert time.monotonic() < deadline, f"no step {step} after {timeout_s} s"
-        time.sleep(0.02)
 
 
 def kill_rank(launcher_pid: int, rank: int) -> None:
