@@ -100,6 +100,8 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) ->
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
+    if recipe.run.compile:
+        engine.compile()
     seed_everything(recipe.seed, distributed.rank())
     return Assembly(loader, schedules, method, plain, teacher, engine)
 

@@ -200,6 +200,8 @@ class Run:
     checkpoint_every_epochs: float = 1.0
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    compile: bool = False
+    """Compile what the engine wraps with torch's inductor: minutes at the start, the same training but for rounding."""
 
     def __post_init__(self) -> None:
         _at_least(self, log_every_steps=1, keep_checkpoints=1)
