@@ -59,9 +59,9 @@ BACKBONES = {
         "global_pool: avg}",
     ),
 }
-"""No jump in any gradient, so neither ReLU nor a largest pixel: with a maximum, and AdamW at three times the rate, a mere
-permutation of the batch in one process moved losses by 2e-5. And the mean of a ViT's tokens: BatchNorm in the heads takes
-away what all images share, so most of the class token, whose gradient is then what rounding leaves of a sum."""
+"""No jump in any gradient, so neither ReLU nor a largest pixel: with a maximum, and AdamW at three times the rate, a
+mere permutation of the batch in one process moved losses by 2e-5. And the mean of a ViT's tokens: BatchNorm in the
+heads takes away what all images share, so most of the class token, whose gradient is then what rounding leaves."""
 CASES = list(itertools.product(BACKBONES, METHODS, RATES))
 STAGES: dict[int, dict[str, Any]] = {
     0: {"stage": 0},
