@@ -1,5 +1,6 @@
 """Puts a run together from its recipe: network, method, teacher, optimizer, engine and loader."""
 
+import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from data_prep.schema import BetonInfo, open_beton, read_labels
 from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.data.subset import read_subset
-from trainer.engine import build_engine
+from trainer.engine import build_engine, whole, zero_stage
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
@@ -31,6 +32,8 @@ class Assembly:
     loader: ViewLoader
     schedules: Schedules
     method: Method
+    plain: Method
+    """`method` itself, but under ZeRO 3, which keeps its parameters in pieces, a copy for `readable` to fill."""
     teacher: EMATeacher | None
     engine: "DeepSpeedEngine"
 
@@ -94,10 +97,24 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) ->
         synchronise_batchnorm(method, device)
     method.to(device)
     teacher = build_teacher(recipe, method)
+    plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
+    if recipe.run.compile:
+        engine.compile()
     seed_everything(recipe.seed, distributed.rank())
-    return Assembly(loader, schedules, method, teacher, engine)
+    return Assembly(loader, schedules, method, plain, teacher, engine)
+
+
+def readable(run: Assembly) -> Method:
+    """The method as it is now, its parameters whole and without ZeRO's hooks; all ranks must call it.
+
+    Under ZeRO 3 the hooks would gather and drop every layer, and ranks that evaluate unequal numbers of images hang.
+    """
+    if run.plain is not run.method:
+        with whole(run.engine, run.method.parameters()):
+            run.plain.load_state_dict(run.method.state_dict())
+    return run.plain
 
 
 def build_method(recipe: Recipe, *, num_classes: int | None = None) -> Method:

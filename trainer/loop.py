@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, distributed, run_dir, weights
-from trainer.assemble import Assembly, assemble, check_backbone, count_steps
+from trainer.assemble import Assembly, assemble, check_backbone, count_steps, readable
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
-from trainer.engine import autocast, keep_rewritten, load_ds_config
+from trainer.engine import autocast, load_ds_config, rewriting, whole
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
 from trainer.guards import FiniteGuard, watchdog
@@ -72,10 +72,11 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                     averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
                 guard.count(applied=applied)
-                run.method.after_step(applied=applied)
-                keep_rewritten(run.method.rewritten_parameters())
+                with rewriting(run.engine, run.method.rewritten_parameters()):
+                    run.method.after_step(applied=applied)
                 if run.teacher is not None and applied:
-                    run.teacher.follow(run.method.student, progress.momentum)
+                    with whole(run.engine, run.method.student.parameters()):
+                        run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
                 dog.heard()
 
@@ -89,7 +90,7 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                     metrics.show(record)
                 if is_checkpoint:
                     checkpoint.save(folder, next_step, run.engine, run.method, run.teacher, keep=keep)
-                    weights.save(folder, recipe, run.method, run.teacher)
+                    weights.save(folder, recipe, readable(run), run.teacher)
                     clock.resume()
             batches.close()
             dog.rest()
@@ -113,9 +114,9 @@ def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device, *,
 
     accuracies: dict[str, float] = {}
     if is_due(recipe.evals.knn.every_epochs):
-        accuracies |= evaluate_branches(recipe, run.method, run.teacher, device)
+        accuracies |= evaluate_branches(recipe, readable(run), run.teacher, device)
     if recipe.probe and is_due(recipe.evals.probe.every_epochs):
-        accuracies |= evaluate_probe(recipe, run.method, device)
+        accuracies |= evaluate_probe(recipe, readable(run), device)
     return accuracies
 
 
@@ -152,8 +153,8 @@ def announce(recipe: Recipe, run: Assembly, step: int) -> None:
     """Say at the start what runs on what."""
     if not distributed.is_main():
         return
-    backbone = sum(parameter.numel() for parameter in run.method.student.backbone.parameters()) / 1e6
-    trained = sum(parameter.numel() for parameter in run.method.parameters() if parameter.requires_grad) / 1e6
+    backbone = sum(parameter.numel() for parameter in run.plain.student.backbone.parameters()) / 1e6
+    trained = sum(parameter.numel() for parameter in run.plain.parameters() if parameter.requires_grad) / 1e6
     groups = (recipe.views.global_views, recipe.views.local_views)
     views = " + ".join(f"{group.count} x {group.size} px" for group in groups if group.count)
     names = f"{recipe.method.name}, {recipe.backbone.name}"
