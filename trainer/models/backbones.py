@@ -71,9 +71,12 @@ def _checkpoint_activations(network: nn.Module, name: str) -> None:
             f"backbone.activation_checkpointing runs layers twice, and the BatchNorm of {name} would count every batch "
             "twice; set it to false, or choose a network without BatchNorm, such as a vision transformer"
         )
-    if not hasattr(network, "set_grad_checkpointing"):
-        raise ValueError(f"backbone.activation_checkpointing: timm's {name} does not offer it; set it to false")
-    network.set_grad_checkpointing(True)  # type: ignore[operator]
+    try:
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:  # timm's networks that cannot do it lack it, or assert
+        raise ValueError(
+            f"backbone.activation_checkpointing: timm's {name} does not offer it: set it to false"
+        ) from error
 
 
 @torch.no_grad()
