@@ -39,7 +39,7 @@ def test_a_run_directory_holds_what_the_documentation_says(straight: Path) -> No
     }  # fmt: skip
     assert (straight / "recipe.yaml").read_text() == DEMO.read_text()
     kept = {path.name for path in (straight / "checkpoints").iterdir()}
-    assert kept == {"latest", "step_0000012", "step_0000009"}, "the last two stay"
+    assert kept == {"latest", "best", "step_0000012", "step_0000009"}, "the last two stay"
     first = metrics(straight)[0]
     assert set(first) >= {
         "step", "epoch", "loss", "loss/global", "loss/local", "lr", "weight_decay", "momentum", "images_per_s",
