@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks import step_peers as peers
 from trainer import distributed
 from trainer.assemble import build_method
-from trainer.engine import autocast, build_engine, keep_rewritten, load_ds_config
+from trainer.engine import autocast, build_engine, load_ds_config, rewriting
 from trainer.loop import describe
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages, MetricLog, StepClock
@@ -182,8 +182,8 @@ def ours(recipe: Recipe, folder: Path) -> Case:
         engine.step()
         averages.add({"loss": loss, **parts, "bad_images_per_batch": 0})
         applied = engine.was_step_applied()
-        method.after_step(applied=applied)
-        keep_rewritten(method.rewritten_parameters())
+        with rewriting(engine, method.rewritten_parameters()):
+            method.after_step(applied=applied)
         if applied:
             teacher.follow(method.student, progress.momentum)
         clock.tick()

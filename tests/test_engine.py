@@ -55,10 +55,15 @@ def test_what_the_recipe_decides_is_refused_here(tmp_path: Path, key: str) -> No
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"zero_optimization": {"stage": 3}}, "stage 3 is not supported yet; use 0 or 1"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3, got 4"),
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({"bf16": {"enabled": True}}, "torch_autocast"),
         ({"fp16": {"enabled": True}}, "torch_autocast"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float8"}}, "must be bfloat16 or float16, got float8"),
+        (
+            {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "one overflow skips all later steps",
+        ),
         ("{not json", "not valid JSON"),
         ([1, 2], "wanted a mapping"),
     ],
@@ -67,10 +72,9 @@ def test_what_would_train_something_else_is_refused(tmp_path: Path, config: obje
     assert said in fault_of(tmp_path, config)
 
 
-def test_lars_on_slices_of_parameters_is_refused(tmp_path: Path) -> None:
-    said = fault_of(tmp_path, {"zero_optimization": {"stage": 1}}, name="lars")
-    assert "LARS needs whole parameters" in said
-    assert "ds_configs/zero0.json" in said
+def test_norms_over_offloaded_gradients_are_refused(tmp_path: Path) -> None:
+    offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    assert "use optim.name=adamw" in fault_of(tmp_path, offload, name="lars")
 
 
 def test_a_missing_file_is_named() -> None:

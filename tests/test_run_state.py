@@ -1,5 +1,6 @@
 """One run's state on other numbers of ranks and under other ZeRO stages, with the engine and without the loop."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def build(stage: int, saved: RunState | None, name: str = "adamw") -> tuple[Any,
     net: Any = Net()
     if saved is not None:
         load_networks(saved, net, None)
-    untrained = untrained_parameters(net)
+    untrained = untrained_parameters(copy.deepcopy(net))
     optimizer = build_optimizer(recipe, param_groups(net, net.outer.parameters()))
     config = load_ds_config(None, recipe, micro_batch=GLOBAL_BATCH) | {"zero_optimization": {"stage": stage}}
     engine: Any = build_engine(net, optimizer, config)

@@ -1,24 +1,24 @@
 """Puts a run together from its recipe: network, method, teacher, optimizer, engine and loader."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from data_prep.schema import BetonInfo, open_beton, read_labels
 from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.data.subset import read_subset
-from trainer.engine import build_engine
+from trainer.engine import build_engine, whole, zero_stage
 from trainer.generators import seed_everything
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
 from trainer.optim import build_optimizer, param_groups
 from trainer.recipe import Recipe, RecipeError
-from trainer.run_state import RunState, load_engine, load_generators, load_networks, untrained_parameters
+from trainer.run_state import RunState, load_engine, load_generators, load_networks
 from trainer.schedules import Schedules
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ class Assembly:
     loader: ViewLoader
     schedules: Schedules
     method: Method
+    plain: Method
+    """`method` itself, but under ZeRO 3, which keeps its parameters in pieces, a copy for `readable` to fill."""
     teacher: EMATeacher | None
     engine: "DeepSpeedEngine"
-    untrained: dict[str, Tensor]
-    """The method's parameters without gradient, by name, as they were built."""
     first_step: int
     """How many steps were trained before."""
 
@@ -104,13 +104,24 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     teacher = build_teacher(recipe, method)
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
-    untrained = untrained_parameters(method)
+    plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
     if saved is not None:
         load_engine(saved, engine, method, teacher)
     load_generators(saved, recipe.seed)
-    return Assembly(loader, schedules, method, teacher, engine, untrained, 0 if saved is None else saved.step)
+    return Assembly(loader, schedules, method, plain, teacher, engine, 0 if saved is None else saved.step)
+
+
+def readable(run: Assembly) -> Method:
+    """The method as it is now, its parameters whole and without ZeRO's hooks; all ranks must call it.
+
+    Under ZeRO 3 the hooks would gather and drop every layer, and ranks that evaluate unequal numbers of images hang.
+    """
+    if run.plain is not run.method:
+        with whole(run.engine, run.method.parameters()):
+            run.plain.load_state_dict(run.method.state_dict())
+    return run.plain
 
 
 def build_method(recipe: Recipe, *, num_classes: int | None = None) -> Method:

@@ -1,10 +1,15 @@
-"""The only importer of DeepSpeed: its configuration, checked, and the engine around a method."""
+"""The only importer of DeepSpeed: its configuration, checked, and the engine around a method.
+
+What ZeRO changes for the rest of the code ends here: how to read parameters (`whole`), and how to write them
+(`rewriting`).
+"""
 
 import difflib
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +18,9 @@ import torch
 from torch import nn
 
 from trainer import distributed, toolchain
-from trainer.optim import Optim
+from trainer.lars import LARS, Layers
+from trainer.optim import AdamW, Optim
+from trainer.partitions import check_partitions, pieces
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -63,6 +70,7 @@ def load_ds_config(path: Path | None, optim: Optim, *, micro_batch: int) -> dict
         "gradient_accumulation_steps": optim.accumulation,
         "gradient_clipping": optim.gradient_clipping,  # always written: DeepSpeed's own default is 1.0
         "zero_allow_untested_optimizer": True,  # DeepSpeed knows optimizers by exact type; ours are subclasses
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded states too, and compiles nothing
         "steps_per_print": 2**31,  # progress is ours to print
     }
 
@@ -80,22 +88,35 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_stage_and_precision(config: dict[str, Any], optim: Optim, source: str) -> None:
-    stage = zero_stage(config)
-    if stage not in (0, 1):
-        raise DSConfigError(f"{source}: zero_optimization.stage {stage} is not supported yet; use 0 or 1")
-    if stage > 0 and optim.name == "lars":
-        raise DSConfigError(
-            f"{source}: LARS needs whole parameters for its trust ratios, and ZeRO stage {stage} gives it slices; "
-            "use ds_configs/zero0.json or optim.name=adamw"
-        )
-    if config.get("zero_optimization", {}).get("round_robin_gradients"):
+    stage, zero = zero_stage(config), config.get("zero_optimization", {})
+    if stage not in (0, 1, 2, 3):
+        raise DSConfigError(f"{source}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage}")
+    if zero.get("round_robin_gradients"):
         raise DSConfigError(f"{source}: round_robin_gradients scrambles DeepSpeed's map of parameters; set it to false")
+    if zero.get("offload_optimizer") and (optim.name == "lars" or optim.parameter_clipping):
+        raise DSConfigError(
+            f"{source}: offload_optimizer keeps gradients on the host, and LARS and parameter_clipping sum norms over "
+            "the devices; remove it, or use optim.name=adamw and optim.parameter_clipping=0"
+        )
+    _check_precision(config, stage, source)
+
+
+def _check_precision(config: dict[str, Any], stage: int, source: str) -> None:
     for precision in ("bf16", "fp16"):
         if config.get(precision, {}).get("enabled"):
             raise DSConfigError(
                 f"{source}: {precision}.enabled casts BatchNorm's weights but not its statistics, and stalls averages; "
                 f'use "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}}, which keeps parameters in fp32'
             )
+    settings = config.get("torch_autocast", {})
+    dtype = settings.get("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "float16"):
+        raise DSConfigError(f"{source}: torch_autocast.dtype must be bfloat16 or float16, got {dtype}")
+    if settings.get("enabled") and dtype == "float16" and stage > 0:
+        raise DSConfigError(
+            f"{source}: with float16, DeepSpeed 0.19.8 never lowers the loss scale again under ZeRO stage {stage}, so "
+            "that one overflow skips all later steps; use ds_configs/zero0_fp16.json, or bfloat16"
+        )
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -110,23 +131,71 @@ def autocast(config: dict[str, Any], device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=bool(settings.get("enabled", False)))
 
 
-def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> "DeepSpeedEngine":
-    """Wrap the module; every rank must hold the same weights and the process group must exist."""
+def build_engine(module: nn.Module, optimizer: AdamW | LARS, config: dict[str, Any]) -> "DeepSpeedEngine":
+    """Wrap the module; every rank must hold the same weights and the process group must exist.
+
+    raises: PartitionError if ZeRO does not cut the parameters as `partitions` reads it
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    originals = {name: parameter.detach().clone() for name, parameter in trained.items()} if zero_stage(config) else {}
     deepspeed = _import_deepspeed()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is there, even in a process without a launcher
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if distributed.world() == 1 and zero_stage(config) == 0:
         # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back (LOG.md).
         engine.allreduce_no_retain = lambda *_, **__: None
+    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        engine.torch_autocast_z0_gradscaler = _TellingScaler(optimizer, distributed.local_device().type)
+    if originals:
+        check_partitions(engine, originals)
+        optimizer.layers = Layers(pieces(engine), list(originals))
     return engine
 
 
-def keep_rewritten(parameters: Iterable[nn.Parameter]) -> None:
-    """Let the optimizer's own copies follow parameters that a method has changed; ZeRO 1 would undo the change."""
-    from deepspeed.utils import safe_set_full_fp32_param
+class _TellingScaler(torch.amp.GradScaler):
+    """A loss scaler that says whether it skipped a step; DeepSpeed asks its ZeRO optimizers only, and `overflow` so."""
 
-    for parameter in parameters:
-        safe_set_full_fp32_param(parameter, parameter.detach().float())  # stage 0 has no copies and does nothing
+    def __init__(self, optimizer: AdamW | LARS, device: str) -> None:
+        super().__init__(device)
+        self._optimizer = optimizer
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """Adapt the scale; it falls exactly when a gradient was not finite and the step was therefore left out."""
+        before = self.get_scale()
+        super().update(new_scale)
+        self._optimizer.overflow = self.get_scale() < before
+
+
+@contextmanager
+def whole(engine: "DeepSpeedEngine", parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters to be read whole on every rank; only ZeRO 3 does not always keep them so. All ranks must enter."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(parameters)):
+        yield
+
+
+@contextmanager
+def rewriting(engine: "DeepSpeedEngine", parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters to be changed, by every rank in the same way; the optimizer's own copies follow.
+
+    Without it, ZeRO would undo the change with its next step.
+    """
+    changed = {id(parameter) for parameter in parameters}
+    named = {name: parameter for name, parameter in engine.module.named_parameters() if id(parameter) in changed}
+    if not named or engine.zero_optimization_stage() == 0:
+        yield
+        return
+    from deepspeed import zero
+
+    with torch.no_grad(), zero.GatheredParameters(list(named.values()), modifier_rank=0):
+        yield
+        for piece in pieces(engine):
+            if piece.name in named:
+                piece.of(piece.owner).copy_(piece.of_whole(named[piece.name]))
 
 
 def _import_deepspeed() -> Any:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, distributed, run_dir, weights
-from trainer.assemble import Assembly, assemble, check_backbone, count_steps
+from trainer.assemble import Assembly, assemble, check_backbone, count_steps, readable
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
-from trainer.engine import autocast, keep_rewritten, load_ds_config
+from trainer.engine import autocast, load_ds_config, rewriting, whole
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.models.backbones import num_features
 from trainer.optim import set_progress
 from trainer.recipe import Recipe
-from trainer.run_state import capture
+from trainer.run_state import capture, untrained_parameters
 from trainer.schedules import Progress, Schedules
 from trainer.stopping import StopRequest, stop_requests
 
@@ -99,10 +99,11 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                     run.engine.step()
                     averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
-                run.method.after_step(applied=applied)
-                keep_rewritten(run.method.rewritten_parameters())
+                with rewriting(run.engine, run.method.rewritten_parameters()):
+                    run.method.after_step(applied=applied)
                 if run.teacher is not None and applied:
-                    run.teacher.follow(run.method.student, progress.momentum)
+                    with whole(run.engine, run.method.student.parameters()):
+                        run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
 
                 next_step = step + 1
@@ -116,7 +117,7 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                     metrics.write(record)
                     metrics.show(record)
                 if is_checkpoint:
-                    state = capture(run.engine, run.method, run.teacher, run.untrained)
+                    state = capture(run.engine, run.method, run.teacher, untrained_parameters(run.plain))
                     metrics.write({"step": step, "checkpoint_s": checkpoints.save(next_step, state)})
                     clock.resume()
                 if stop:
@@ -146,9 +147,9 @@ def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device) ->
     due = due_evaluations(recipe, epoch)
     accuracies: dict[str, float] = {}
     if "knn" in due:
-        accuracies |= evaluate_branches(recipe, run.method, run.teacher, device)
+        accuracies |= evaluate_branches(recipe, readable(run), run.teacher, device)
     if "probe" in due:
-        accuracies |= evaluate_probe(recipe, run.method, device)
+        accuracies |= evaluate_probe(recipe, readable(run), device)
     return accuracies
 
 
@@ -196,8 +197,8 @@ def announce(recipe: Recipe, run: Assembly) -> None:
     if not distributed.is_main():
         return
     step = run.first_step
-    backbone = sum(parameter.numel() for parameter in run.method.student.backbone.parameters()) / 1e6
-    trained = sum(parameter.numel() for parameter in run.method.parameters() if parameter.requires_grad) / 1e6
+    backbone = sum(parameter.numel() for parameter in run.plain.student.backbone.parameters()) / 1e6
+    trained = sum(parameter.numel() for parameter in run.plain.parameters() if parameter.requires_grad) / 1e6
     groups = (recipe.views.global_views, recipe.views.local_views)
     views = " + ".join(f"{group.count} x {group.size} px" for group in groups if group.count)
     names = f"{recipe.method.name}, {recipe.backbone.name}"

@@ -1,14 +1,15 @@
-"""Parameter groups and the optimizers: AdamW and LARS, which skip a frozen group as if it had no gradient."""
+"""Parameter groups and the optimizers, which skip a frozen group as if it had no gradient; LARS is in lars.py."""
 
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trainer.lars import LARS, Layers, clip_each_
 from trainer.schedules import Progress
 
 
@@ -36,12 +37,15 @@ class Optim:
     """LARS only."""
     gradient_clipping: float = 0.0
     """Largest L2 norm of the whole gradient; 0 leaves it as it is."""
+    parameter_clipping: float = 0.0
+    """Largest L2 norm of each parameter's own gradient, what DINO and SSLight call clip_grad; 0 leaves it as it is."""
 
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch", "accumulation", "base_lr"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
-        for field in ("final_lr", "warmup_lr", "weight_decay", "final_weight_decay", "gradient_clipping"):
+        clippings = ("gradient_clipping", "parameter_clipping")
+        for field in ("final_lr", "warmup_lr", "weight_decay", "final_weight_decay", *clippings):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must be at least 0, got {getattr(self, field)}")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -80,13 +84,13 @@ def _kind(parameter: Tensor) -> str:
     return "depthwise" if parameter.ndim == 4 and parameter.shape[1] == 1 else "decay"
 
 
-def build_optimizer(optim: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(optim: Optim, groups: list[dict[str, Any]]) -> "AdamW | LARS":
     """The recipe's optimizer over the groups; `set_progress` gives it each step's values."""
     for group in groups:
         group["frozen"] = False
     if optim.name == "lars":
-        return LARS(groups, lr=0.0, momentum=optim.sgd_momentum)
-    return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+        return LARS(groups, lr=0.0, momentum=optim.sgd_momentum, parameter_clipping=optim.parameter_clipping)
+    return AdamW(groups, lr=0.0, weight_decay=0.0, fused=True, parameter_clipping=optim.parameter_clipping)
 
 
 def set_progress(optimizer: torch.optim.Optimizer, progress: Progress, *, frozen: bool) -> None:
@@ -111,59 +115,16 @@ def _thawed_groups_only(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, which leaves frozen groups and their state untouched."""
 
+    def __init__(self, groups: list[dict[str, Any]], *, parameter_clipping: float = 0.0, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self._step_supports_amp_scaling = False  # a loss scaler shall divide before us, as gradients may be clipped
+        self.overflow = False
+        self.layers = Layers()
+        self.parameter_clipping = parameter_clipping
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every group that is not frozen."""
         with _thawed_groups_only(self):
+            for group in self.param_groups if self.parameter_clipping else ():
+                clip_each_(self.layers, [p for p in group["params"] if p.grad is not None], self.parameter_clipping)
             return typing.cast("float | None", super().step(closure))
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum and layer-wise trust ratios; one ratio per tensor that it is given.
-
-    g <- g + wd p;  g <- g * eta |p| / |g| where the group adapts;  m <- mu m + g;  p <- p - lr m
-    It is therefore exact only where it sees whole parameters (ZeRO stage 0), which the engine checks.
-    source: arXiv 1708.03888, as SSLight utils/optimizer.py writes it
-    """
-
-    trust_coefficient: ClassVar[float] = 0.001  # eta in the paper and in SSLight
-
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "frozen": False, "adapts": True})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in groups that are not frozen."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params and not group["frozen"]:
-                self._update(params, group)
-        return loss
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-        updates = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
-        if group["adapts"]:
-            ratios = _trust_ratios(torch._foreach_norm(params), torch._foreach_norm(updates), self.trust_coefficient)
-            torch._foreach_mul_(updates, ratios)
-        buffers = [self._momentum_buffer(p) for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
-
-    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
-
-
-def _trust_ratios(weight_norms: Iterable[Tensor], update_norms: Iterable[Tensor], eta: float) -> list[Tensor]:
-    """eta |p| / |g|, or 1 where either norm is 0; no value leaves the device."""
-    weights, updates = torch.stack(list(weight_norms)), torch.stack(list(update_norms))
-    ratios = torch.where((weights > 0) & (updates > 0), eta * weights / updates, torch.ones_like(weights))
-    return list(ratios.unbind())

@@ -38,7 +38,7 @@ def capture(
 ) -> dict[str, Any]:
     """This rank's share of the state, as views into what goes on changing: copy it before the next step.
 
-    untrained: the method's parameters that nothing trains, whole, as they were built (ZeRO 3 cuts them up too)
+    untrained: the method's parameters that nothing trains, whole; ZeRO 3 cuts up the method's own
     """
     mine = {
         "pieces": _pieces(engine) if distributed.is_main() or engine.zero_optimization_stage() > 0 else {},
@@ -76,8 +76,8 @@ def _pieces(engine: "DeepSpeedEngine") -> dict[str, dict[str, Any]]:
 
 
 def untrained_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters without gradient, to be taken before an engine wraps the module."""
-    return {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+    """The parameters without gradient, of a module that no ZeRO has cut up."""
+    return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
 
 
 @dataclass(frozen=True)
