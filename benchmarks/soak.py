@@ -1,6 +1,6 @@
 """Kill a running job again and again, in every way that a cluster does, and see whether anything is lost or made up.
 
-python -m benchmarks.soak DATA OUT [--kills 20] [--kinds rank launcher host] [--seed 0]
+python -m benchmarks.soak DATA OUT [--kills 20] [--first 1] [--kinds rank launcher host] [--seed 0]
 
 DATA holds train.beton and val.beton (`make demo` leaves one in demo/synthetic), OUT becomes the folder of both runs: an
 uninterrupted one, and one that is killed with SIGKILL at random moments, start-up included, and started again by the
@@ -36,7 +36,7 @@ TINY = (
     "run.log_every_steps=1", "run.tensorboard=false", "evals.knn.every_epochs=10", "evals.knn.size=32",
     "evals.knn.resize=32", "evals.knn.k=5",
 )  # fmt: skip
-ALONE_TIMEOUT_S, START_TIMEOUT_S = 120.0, 400.0
+ALONE_TIMEOUT_S, START_TIMEOUT_S = 300.0, 1200.0
 """How long what is left of a killed job may live; how long a start may take to its first new step."""
 
 
@@ -64,6 +64,13 @@ def kill(process: psutil.Process) -> None:
     """SIGKILL, if it still runs."""
     with suppress(psutil.NoSuchProcess):
         process.kill()
+
+
+def end(job: Job) -> None:
+    """Leave nothing of it behind."""
+    while alive := job.look():
+        for process in alive:
+            kill(process)
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -95,19 +102,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--first", type=int, default=1, help="go on with an earlier soak in OUT, at this kill")
     parser.add_argument("--kinds", nargs="+", choices=sorted(VICTIMS), default=["rank", "launcher", "host"])
     parser.add_argument("--seed", type=int, default=0, help="of the kinds and moments")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(args.seed)
     share = 2 * STEPS_PER_EPOCH  # steps that a start may get before it is killed, on average half of them
     overrides = [f"optim.epochs={(args.kills + 1) * share // STEPS_PER_EPOCH}"]
     try:
         straight = run_to_the_end(args.data, args.out / "straight", overrides)
-        for number in range(args.kills):
-            kind = args.kinds[number % len(args.kinds)]
+        for number in range(args.first, args.kills + 1):
+            kind = args.kinds[(number - 1) % len(args.kinds)]
+            draw = random.Random(f"{args.seed} {number}")
             line = kill_once(args.data, args.out / "killed", overrides, kind, draw, share)
-            print(json.dumps({"kill": number + 1, **line}), flush=True)
+            print(json.dumps({"kill": number, **line}), flush=True)
         killed = run_to_the_end(args.data, args.out / "killed", overrides)
         if killed != straight:
             raise BrokenPromiseError("the losses of the killed run are not those of the straight one")
@@ -198,10 +206,13 @@ def free_port() -> int:
 
 
 def run_to_the_end(data: Path, run_dir: Path, overrides: list[str]) -> dict[int, float]:
-    """The loss of every step, once the job has ended well and said so."""
-    job = start(data, run_dir, overrides, hosts=1)
-    if any(command.wait() for command in job.commands) or not (run_dir / "finished").exists():
-        raise BrokenPromiseError(f"{run_dir}: a job that nobody killed failed; {run_dir.with_suffix('.log')} says why")
+    """The loss of every step, once the job has ended well and said so; what has finished before is not run again."""
+    if not (run_dir / "finished").exists():
+        codes = [command.wait() for command in start(data, run_dir, overrides, hosts=1).commands]
+        if any(codes) or not (run_dir / "finished").exists():
+            raise BrokenPromiseError(
+                f"{run_dir}: a job that nobody killed failed; {run_dir.with_suffix('.log')} says why"
+            )
     return {record["step"]: record["loss"] for record in records(run_dir)}
 
 
@@ -223,8 +234,11 @@ def wait_for_step(job: Job, run_dir: Path, step: int) -> None:
         path = run_dir / "metrics.jsonl"
         if path.exists() and path.stat().st_mtime_ns > before and last_step(run_dir) >= step:
             return
-        if not job.look() or time.monotonic() > deadline:
-            raise BrokenPromiseError(f"no step {step} after {START_TIMEOUT_S:.0f} s, or the job has ended by itself")
+        if not job.look():
+            raise BrokenPromiseError(f"the job has ended by itself; {run_dir.with_suffix('.log')} says why")
+        if time.monotonic() > deadline:
+            end(job)
+            raise BrokenPromiseError(f"no step {step} after {START_TIMEOUT_S:.0f} s")
         time.sleep(0.01)
 
 
@@ -241,8 +255,7 @@ def wait_until_gone(job: Job) -> float:
     while job.look():
         if time.monotonic() - began > ALONE_TIMEOUT_S:
             left = [" ".join(command_of(process)[:6]) for process in job.look()]
-            for process in job.look():
-                kill(process)
+            end(job)
             raise BrokenPromiseError(f"{ALONE_TIMEOUT_S:.0f} s after the kill these still run: {left}")
         time.sleep(0.1)
     return time.monotonic() - began

@@ -49,11 +49,12 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     check_backbone(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
-    with run_dir.held(folder), stop_requests() as request:
+    with run_dir.held(folder):
         run_dir.log_to(folder)
         run = assemble(recipe, ds_config, device, checkpoint.newest(folder))
         announce(recipe, run)
-        finished = train(recipe, run, folder, autocast(ds_config, device), request)
+        with stop_requests() as request:
+            finished = train(recipe, run, folder, autocast(ds_config, device), request)
         if finished and distributed.is_main():
             run_dir.write_text(folder / SUCCESS, f"{run.schedules.num_steps} steps\n")
             log.info("finished %d steps; the run is in %s", run.schedules.num_steps, folder)
