@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,19 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--first", type=int, default=1, help="go on with an earlier soak in OUT, at this kill")
     parser.add_argument("--kinds", nargs="+", choices=sorted(VICTIMS), default=["rank", "launcher", "host"])
-    parser.add_argument("--seed", type=int, default=0, help="of the kinds and moments")
-    args = parser.parse_args(argv)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     share = 2 * STEPS_PER_EPOCH  # steps that a start may get before it is killed, on average half of them
     overrides = [f"optim.epochs={(args.kills + 1) * share // STEPS_PER_EPOCH}"]
@@ -153,15 +158,9 @@ def kill_once(
     }  # fmt: skip
 
 
-def rank_of(job: Job, draw: random.Random) -> list[psutil.Process]:
-    """One rank, whichever; none if none has started."""
-    ranks = [process for process in job.look() if command_of(process)[1:4] == ["-u", "-m", "trainer"]]
-    return [draw.choice(ranks)] if ranks else []
-
-
-def launcher_of(job: Job, draw: random.Random) -> list[psutil.Process]:
-    """The process that starts and watches the ranks; none if it has not started."""
-    found = [process for process in job.look() if "deepspeed.launcher.launch" in command_of(process)]
+def one_of(job: Job, draw: random.Random, module: str) -> list[psutil.Process]:
+    """One of the processes that run this module; none if none has started."""
+    found = [process for process in job.look() if command_of(process)[1:4] == ["-u", "-m", module]]
     return [draw.choice(found)] if found else []
 
 
@@ -170,7 +169,11 @@ def host_of(job: Job, draw: random.Random) -> list[psutil.Process]:
     return tree_of(draw.choice(job.commands).pid)
 
 
-VICTIMS = {"rank": rank_of, "launcher": launcher_of, "host": host_of}
+VICTIMS = {
+    "rank": partial(one_of, module="trainer"),
+    "launcher": partial(one_of, module="deepspeed.launcher.launch"),
+    "host": host_of,
+}
 
 
 def start(data: Path, run_dir: Path, overrides: list[str], *, hosts: int) -> Job:
@@ -188,15 +191,8 @@ def start(data: Path, run_dir: Path, overrides: list[str], *, hosts: int) -> Job
         commands = [[*nodes, str(number)] for number in range(hosts)]
     log = run_dir.with_suffix(".log").open("ab")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    return Job(
-        [
-            subprocess.Popen(
-                [*command, "--module", "trainer", *verb, *paths], cwd=ROOT, env=environment, stdout=log, stderr=log
-            )
-            for command in commands
-        ],
-        {},
-    )
+    whole = [[*command, "--module", "trainer", *verb, *paths] for command in commands]
+    return Job([subprocess.Popen(each, cwd=ROOT, env=environment, stdout=log, stderr=log) for each in whole], {})
 
 
 def free_port() -> int:
@@ -210,9 +206,7 @@ def run_to_the_end(data: Path, run_dir: Path, overrides: list[str]) -> dict[int,
     if not (run_dir / "finished").exists():
         codes = [command.wait() for command in start(data, run_dir, overrides, hosts=1).commands]
         if any(codes) or not (run_dir / "finished").exists():
-            raise BrokenPromiseError(
-                f"{run_dir}: a job that nobody killed failed; {run_dir.with_suffix('.log')} says why"
-            )
+            raise BrokenPromiseError(f"a job that nobody killed failed; {run_dir.with_suffix('.log')} says why")
     return {record["step"]: record["loss"] for record in records(run_dir)}
 
 

@@ -108,7 +108,7 @@ def test_a_run_that_is_stopped_loses_its_launcher_and_loses_a_rank_goes_on_bit_f
 
     stopped_at = newest_checkpoint(run_dir)
     with started(command) as launched:
-        wait_for_step(run_dir, min(stopped_at + 1, 11))
+        wait_for_step(run_dir, min(stopped_at + 1, 10))
         rank_of(launched, 1).kill()
         output, _ = launched.communicate(timeout=200)
     assert f"continuing after step {stopped_at}" in output

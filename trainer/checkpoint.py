@@ -246,7 +246,7 @@ def newest(run_dir: Path) -> RunState | None:
     folder = run_dir / "checkpoints"
     if distributed.is_main():
         for part in folder.glob(f"{WRITING}*"):
-            shutil.rmtree(part)
+            shutil.rmtree(part, ignore_errors=True)  # another host may still be writing there
     for path in distributed.from_main(_complete_ones(folder)):
         damage = _damage(path)
         if damage is not None:

@@ -37,14 +37,17 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch the signals, in the main thread only, as Python wants it; afterwards put back what was in their place."""
+    """Catch the signals, in the main thread only, as Python wants it; afterwards put back what was in their place.
+
+    Once one came, the process is about to leave, and a further one must not change the code that it leaves with.
+    """
     request = StopRequest()
     before = {number: signal.signal(number, request._note) for number in SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if request.came else handler)
 
 
 def follow_launcher() -> None:
