@@ -79,7 +79,7 @@ def training(recipe: Recipe, folder: Path) -> tuple[Callable[[], object], Callab
 
     def step() -> None:
         set_progress(engine.optimizer, progress, frozen=False)
-        loss, _ = engine(views, teacher(method.teacher_views(views)), progress, None)
+        loss, *_ = engine(views, teacher(method.teacher_views(views)), progress, None)
         engine.backward(loss)
         engine.step()
         method.after_step(applied=True)

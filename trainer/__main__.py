@@ -86,7 +86,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.data.loader import DataError
     from trainer.engine import DSConfigError
     from trainer.evals.command import evaluate
-    from trainer.loop import TrainingError, pretrain
+    from trainer.guards import TrainingError
+    from trainer.loop import pretrain
     from trainer.recipe import RecipeError
     from trainer.recipe_file import load_recipe
     from trainer.run_dir import RunDirError

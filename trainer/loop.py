@@ -1,7 +1,6 @@
 """THE training loop: one function that reads from top to bottom."""
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -19,6 +18,7 @@ from trainer.data.photometric import to_float
 from trainer.engine import autocast, load_ds_config, rewriting, whole
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
+from trainer.guards import FiniteGuard, watchdog
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.models.backbones import num_features
 from trainer.optim import set_progress
@@ -30,10 +30,6 @@ from trainer.stopping import StopRequest, stop_requests
 log = logging.getLogger(__name__)
 SUCCESS = "finished"
 """The file that a run leaves when it has trained to its end; a launcher's exit code alone can lie."""
-
-
-class TrainingError(RuntimeError):
-    """Training that must not go on."""
 
 
 def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> bool:
@@ -68,8 +64,9 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
     schedules, optim, device = run.schedules, recipe.optim, distributed.local_device()
     next_step = run.first_step
     export = partial(weights.save, folder, recipe, num_features=num_features(run.method.student.backbone))
-    averages, clock = Averages(), StepClock(optim.global_batch)
+    averages, clock, guard = Averages(), StepClock(optim.global_batch), FiniteGuard()
     with (
+        watchdog(recipe.run.hang_timeout_s) as dog,
         closing(run.loader),
         MetricLog(folder, next_step, schedules.num_steps, tensorboard=recipe.run.tensorboard) as metrics,
         checkpoint.Checkpoints(folder, keep=recipe.run.keep_checkpoints, export=export) as checkpoints,
@@ -78,6 +75,7 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
         while True:
             epoch, done = divmod(next_step, schedules.steps_per_epoch)
             if done == 0 and epoch > 0 and not metrics.evaluated(next_step - 1):
+                dog.rest()
                 accuracies = evaluate(recipe, run, epoch - 1, device)
                 if accuracies:
                     metrics.write({"step": next_step - 1, "epoch": epoch - 1, **accuracies})
@@ -86,6 +84,7 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                     checkpoints.judge(next_step, top1)
             if next_step == schedules.num_steps:
                 return True
+            dog.heard()
             batches = run.loader.epoch(epoch, start=done * optim.global_batch)
             clock.resume()
             for step in range(next_step, (epoch + 1) * schedules.steps_per_epoch):
@@ -94,18 +93,21 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                 for _ in range(optim.accumulation):
                     views, labels, num_bad = clock.waits_for(to_device, batches, recipe, device)
                     with precision:
-                        teacher_output = run.teacher and run.teacher(run.method.teacher_views(views))
-                    loss, parts = run.engine(views, teacher_output, progress, labels)
+                        teacher_output = run.teacher(run.method.teacher_views(views)) if run.teacher else None
+                    loss, parts, views_finite = run.engine(views, teacher_output, progress, labels)
                     run.engine.backward(loss)
                     run.engine.step()
+                    guard.see(step, loss, views_finite, teacher_output)
                     averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
                 applied = run.engine.was_step_applied()
+                guard.count(applied=applied)
                 with rewriting(run.engine, run.method.rewritten_parameters()):
                     run.method.after_step(applied=applied)
                 if run.teacher is not None and applied:
                     with whole(run.engine, run.method.student.parameters()):
                         run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
+                dog.heard()
 
                 next_step = step + 1
                 stop, write_failed = agreement.any_claims(request.came, checkpoints.failed)
@@ -114,7 +116,7 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                 is_checkpoint = stop or is_saved(recipe, schedules, next_step)
                 if next_step % recipe.run.log_every_steps == 0 or is_checkpoint:
                     record = describe(progress) | averages.read() | clock.read()
-                    stop_if_not_finite(record)
+                    guard.check(record)
                     metrics.write(record)
                     metrics.show(record)
                 if is_checkpoint:
@@ -181,16 +183,6 @@ def describe(progress: Progress) -> dict[str, Any]:
         "weight_decay": progress.weight_decay,
         "momentum": progress.momentum,
     }
-
-
-def stop_if_not_finite(record: dict[str, Any]) -> None:
-    """End the run, on all ranks at once since the record is theirs together, before a checkpoint keeps the damage."""
-    broken = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        raise TrainingError(
-            f"{', '.join(broken)} not finite at or before step {record['step']}; the last checkpoint is sound. Lower "
-            "optim.base_lr, lengthen optim.warmup_epochs, or look for damaged images with data_prep verify"
-        )
 
 
 def announce(recipe: Recipe, run: Assembly) -> None:

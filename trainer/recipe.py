@@ -203,11 +203,14 @@ class Run:
     keep_best: Literal["student", "teacher", "none"] = "student"
     """The checkpoint with this network's best k-NN top-1 so far stays too, if evals.knn evaluates during training."""
     tensorboard: bool = True
+    hang_timeout_s: float = 1800.0
+    """A rank that finishes no step for so long prints where it stands, and ends the job."""
 
     def __post_init__(self) -> None:
         _at_least(self, log_every_steps=1, keep_checkpoints=1)
-        if not self.checkpoint_every_epochs > 0:
-            raise ValueError(f"checkpoint_every_epochs must be above 0, got {self.checkpoint_every_epochs}")
+        for field in ("checkpoint_every_epochs", "hang_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.methods.test_methods import dino, moco, progress, some_views
 from tests.methods.test_swav import swav, unit
+from trainer.guards import FiniteGuard
 from trainer.methods.joint_embedding import Method
 from trainer.methods.losses import dino_targets, info_nce, mean_entropy, swapped_prediction
 from trainer.methods.teacher import EMATeacher
@@ -51,10 +52,10 @@ class NothingIsCopied(TorchFunctionMode):
 
 @pytest.mark.parametrize("make", [dino, moco, swav])
 def test_no_step_of_training_waits_for_the_device(make: type[Method]) -> None:
-    """Forward, backward, optimizer, buffers, teacher and averages, of a queue that fills as of one that is full."""
+    """Forward, backward, optimizer, buffers, teacher, averages and guard, while queues fill and when they are full."""
     method = make()
     method.add_probe(num_classes=3)
-    teacher, averages = EMATeacher(method.student), Averages()
+    teacher, averages, guard = EMATeacher(method.student), Averages(), FiniteGuard()
     optimizer = LARS(param_groups(method, method.frozen_parameters()), lr=0.1, momentum=0.9)
     labels, of_views = torch.tensor([0, 1, 2, 0]), method.teacher_views(some_views())
     with NoOperatorReads(), NothingIsCopied():
@@ -62,13 +63,14 @@ def test_no_step_of_training_waits_for_the_device(make: type[Method]) -> None:
             set_progress(optimizer, progress(epoch=1), frozen=method.frozen(progress(epoch=1)))
             views = some_views(seed=step)
             output = teacher(method.teacher_views(views)) if of_views else None
-            loss, parts = method(views, output, progress(epoch=1), labels)
+            loss, parts, views_finite = method(views, output, progress(epoch=1), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             method.after_step(applied=True)
             teacher.follow(method.student, 0.9)
             averages.add({"loss": loss, **parts})
+            guard.see(step, loss, views_finite, output)
     assert len(averages.read()) >= 4
 
 

@@ -17,6 +17,8 @@ class LossOut(NamedTuple):
     total: Tensor
     parts: dict[str, Tensor | float]
     """Detached scalars under the names of metrics.jsonl."""
+    views_finite: Tensor | None = None
+    """(V,) whether all features of each of the student's views are finite; `Method.forward` adds it."""
 
 
 class ViewCounts(NamedTuple):
@@ -83,11 +85,12 @@ class Method(nn.Module, ABC):
         features = self.student.features(self.student_views(views))
         student = per_view(self.student.head(features), batch)
         loss = self.objective(student, None if teacher is None else per_view(teacher, batch), progress)
+        finite = per_view(features.detach(), batch).isfinite().flatten(1).all(1)
         if self.probe is None:
-            return loss
+            return loss._replace(views_finite=finite)
         assert labels is not None
         of_probe, parts = self.probe.loss(features[:batch], labels)
-        return LossOut(loss.total + of_probe, loss.parts | {"loss/ssl": loss.total.detach()} | parts)
+        return LossOut(loss.total + of_probe, loss.parts | {"loss/ssl": loss.total.detach()} | parts, finite)
 
     @abstractmethod
     def after_step(self, *, applied: bool) -> None:

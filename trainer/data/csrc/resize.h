@@ -15,7 +15,7 @@
 enum { RGB_STRIP = 16, PLANE_STRIP = 32, MAX_UNROLL = 12, CENTRE = 128 * Q6_ONE };
 
 typedef struct {
-    Buffer axes[4], values, blended, turned;
+    Buffer axes[4], blended, turned;
 } ResizeScratch;
 
 /* Across and down, of the image and of planes that have half of its pixels. */
@@ -38,8 +38,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "blend_bytes takes the
  * second: a pair of bytes taken as 16 bits parts by a shift and a mask, which is cheaper than widening every byte. Each
  * becomes (byte - 128) * 256, so that all 16 bits are used and a Q14 weight makes the result Q7. `taps` and `add` are
  * constants where this is inlined, so the sums live in registers. */
-INLINE void blend_bytes(const uint8_t *row, ptrdiff_t stride, int length, const int16_t *weight, int taps, int add,
-                        int16_t *restrict out)
+INLINE void blend_bytes(const uint8_t *row, ptrdiff_t stride, int length, const int16_t *weight, int pitch, int taps,
+                        int add, int16_t *restrict out)
 {
     int half = length / 2 & ~15;
     int16_t *restrict odd = out + half;
@@ -47,21 +47,21 @@ INLINE void blend_bytes(const uint8_t *row, ptrdiff_t stride, int length, const 
         int16_t sum_even = add ? out[i] : 0, sum_odd = add ? odd[i] : 0;
         for (int k = 0; k < taps; k++) {
             uint16_t pair = ((const BytePair *)(row + k * stride))[i] ^ 0x8080;
-            sum_even = (int16_t)(sum_even + mul_q15((int16_t)(pair << 8), weight[k]));
-            sum_odd = (int16_t)(sum_odd + mul_q15((int16_t)(pair & 0xFF00), weight[k]));
+            sum_even = (int16_t)(sum_even + mul_q15((int16_t)(pair << 8), weight[k * pitch]));
+            sum_odd = (int16_t)(sum_odd + mul_q15((int16_t)(pair & 0xFF00), weight[k * pitch]));
         }
         out[i] = sum_even, odd[i] = sum_odd;
     }
 }
 
 /* The same for one output column of one channel, from a start value of `centre`; source columns lie `step` apart. */
-INLINE void blend_shorts(const int16_t *column, int step, const int16_t *weight, int taps, int rows, int16_t centre,
-                         int16_t *restrict out)
+INLINE void blend_shorts(const int16_t *column, int step, const int16_t *weight, int pitch, int taps, int rows,
+                         int16_t centre, int16_t *restrict out)
 {
     for (int i = 0; i < rows; i++) {
         int16_t sum = centre;
         for (int k = 0; k < taps; k++)
-            sum = (int16_t)(sum + mul_q15(column[k * step + i], weight[k]));
+            sum = (int16_t)(sum + mul_q15(column[k * step + i], weight[k * pitch]));
         out[i] = sum;
     }
 }
@@ -75,12 +75,12 @@ INLINE void blend_shorts(const int16_t *column, int step, const int16_t *weight,
         default: otherwise;                                                                                 \
     }
 
-INLINE void blend_bytes_by_tap(const uint8_t *row, ptrdiff_t stride, int length, const int16_t *weight, int taps,
-                               int16_t *out)
+INLINE void blend_bytes_by_tap(const uint8_t *row, ptrdiff_t stride, int length, const int16_t *weight, int pitch,
+                               int taps, int16_t *out)
 {
-    blend_bytes(row, stride, length, weight, MAX_UNROLL, 0, out);
+    blend_bytes(row, stride, length, weight, pitch, MAX_UNROLL, 0, out);
     for (int k = MAX_UNROLL; k < taps; k++)
-        blend_bytes(row + k * stride, stride, length, weight + k, 1, 1, out);
+        blend_bytes(row + k * stride, stride, length, weight + k * pitch, pitch, 1, 1, out);
 }
 
 /* Output rows [first, first + strip->rows), fewer at the bottom edge, even bytes before odd ones. */
@@ -92,9 +92,9 @@ static CLONES void blend_rows(const Plane *plane, const Axis *x, const Axis *y, 
     int16_t *out = strip->blended;
     for (int i = first; i < y->size && i < first + strip->rows; i++, out += columns) {
         const uint8_t *row = origin + y->start[i] * stride;
-        const int16_t *weight = weights_of(y, i);
-        UNROLLED(y->count[i], blend_bytes(row, stride, columns, weight, taps, 0, out),
-                 blend_bytes_by_tap(row, stride, columns, weight, y->count[i], out))
+        const int16_t *weight = y->weight + i;
+        UNROLLED(y->taps, blend_bytes(row, stride, columns, weight, y->pitch, taps, 0, out),
+                 blend_bytes_by_tap(row, stride, columns, weight, y->pitch, y->taps, out))
     }
 }
 
@@ -105,7 +105,7 @@ INLINE void blend_columns_by(const Strip *s, const Axis *x, int taps, int channe
     for (int i = 0; i < x->size; i++, out += pitch) {
         const int16_t *column = s->turned + (ptrdiff_t)(x->start[i] - x->first) * channels * rows;
         for (int c = 0; c < channels; c++)
-            blend_shorts(column + c * rows, channels * rows, weights_of(x, i), taps, rows, s->centre, out + c * plane);
+            blend_shorts(column + c * rows, channels * rows, x->weight + i, x->pitch, taps, rows, s->centre, out + c * plane);
     }
 }
 
@@ -163,10 +163,9 @@ static int make_axes(const Image *image, const Params *p, enum Filter filter, in
     int length[2] = {last->width, last->height};
     for (int i = 0; i < 2; i++) {
         Resampling r = {filter, size, i == 0 && p->flip, p->box[i], p->box[2 + i], p->limit[i], p->limit[2 + i]};
-        if (!make_axis(scratch->axes + i, &scratch->values, &r, axes->whole + i))
+        if (!make_axis(scratch->axes + i, &r, 0, axes->whole + i))
             return 0;
-        if (last->halved[i] &&
-            !halve_axis(scratch->axes + 2 + i, axes->whole + i, length[i], axes->half + i))
+        if (last->halved[i] && !make_axis(scratch->axes + 2 + i, &r, length[i], axes->half + i))
             return 0;
     }
     return 1;

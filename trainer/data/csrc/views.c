@@ -50,7 +50,7 @@ enum { MODE_JPEG, MODE_RAW }; /* FFCV's IMAGE_MODES */
 static void scratch_free(Scratch *s)
 {
     ResizeScratch *r = &s->resize;
-    Buffer *buffers[] = {r->axes,     r->axes + 1, r->axes + 2, r->axes + 3, &r->values,
+    Buffer *buffers[] = {r->axes,     r->axes + 1, r->axes + 2, r->axes + 3,
                          &r->blended, &r->turned,  &s->canvas,  &s->blurred};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         free(buffers[i]->data);
