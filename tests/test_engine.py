@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import distributed
-from trainer.engine import KNOWN_KEYS, DSConfigError, build_engine, load_ds_config
+from trainer.engine import KNOWN_KEYS, DSConfigError, advice, build_engine, load_ds_config, saved_bytes
 from trainer.optim import Optim, build_optimizer, param_groups
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -77,6 +77,27 @@ def test_norms_over_offloaded_gradients_are_refused(tmp_path: Path) -> None:
     assert "use optim.name=adamw" in fault_of(tmp_path, offload, name="lars")
 
 
+def zero(stage: int, **further: object) -> dict[str, object]:
+    return {"zero_optimization": {"stage": stage, **further}}
+
+
+def test_what_a_stage_saves_counts_the_copy_of_the_parameters_that_it_updates() -> None:
+    adamw = [saved_bytes(zero(stage), "adamw", world=4) for stage in (0, 1, 2, 3)]
+    assert adamw == [0, 8 - 12 / 4, 8 - 12 / 4 + 3, 8 - 12 / 4 + 6]
+    assert saved_bytes(zero(1), "lars", world=2) == 0
+    assert saved_bytes(zero(1, offload_optimizer={"device": "cpu"}), "adamw", world=2) == 8
+
+
+def test_a_stage_that_costs_more_than_it_saves_is_said_in_numbers() -> None:
+    said = advice(zero(1), "adamw", num_parameters=11_000_000, world=2)
+    assert said is not None
+    assert "saves 22.0 MB a rank for 11.00 M parameters on 2 ranks" in said
+    assert "1.31 times stage 0's" in said
+    assert "costs 44.0 MB" in str(advice(zero(1), "adamw", num_parameters=11_000_000, world=1))
+    assert advice(zero(0), "adamw", num_parameters=11_000_000, world=2) is None
+    assert advice(zero(3), "adamw", num_parameters=1_000_000_000, world=8) is None
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(DSConfigError, match="no such file"):
         load_ds_config(Path("ds_configs/zero9.json"), optim(), micro_batch=8)
@@ -113,3 +134,23 @@ def test_alone_no_gradient_is_summed_and_an_unused_weight_still_decays_as_on_man
     engine.step()
     assert torch.allclose(module.unused, torch.full((2, 2), 2.0 * (1 - 0.1 * 0.5)))
     assert bool((module.used < module.unused).all())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_in_float16_an_overflow_skips_the_step_lowers_the_scale_and_says_so(name: str) -> None:
+    distributed.start(torch.device("cpu"))
+    module, recipe = Halves(), optim(name, accumulation=1)
+    optimizer = build_optimizer(recipe, param_groups(module))
+    engine = build_engine(module, optimizer, load_ds_config(CONFIGS / "zero0_fp16.json", recipe, micro_batch=32))
+    optimizer.param_groups[0] |= {"lr": 0.1}
+    scaler = engine.torch_autocast_z0_gradscaler
+    applied, scales = [], []
+    for factor in (1.0, float("inf"), 1.0):
+        before = module.used.detach().clone()
+        engine.backward(engine(torch.full((2, 2), 3.0)) * factor)
+        engine.step()
+        applied.append(engine.was_step_applied())
+        scales.append(scaler.get_scale())
+        assert torch.equal(before, module.used) != applied[-1]
+    assert applied == [True, False, True]
+    assert scales == [65536, 32768, 32768]

@@ -43,6 +43,9 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "swav-zero1": ((*TINY, *SWAV, *LIVELY), "zero1.json"),
     "swav-zero3": ((*TINY, *SWAV, *LIVELY), PIECES),
     "vit": ((*TINY_MOCO, *LIVELY, *VIT), None),
+    "vit-checkpointed": ((*TINY_MOCO, *LIVELY, *VIT, "backbone.activation_checkpointing=true"), None),
+    "vit-checkpointed-zero3": ((*TINY_MOCO, *LIVELY, *VIT, "backbone.activation_checkpointing=true"), PIECES),
+    "vit-compiled": ((*TINY_MOCO, *LIVELY, *VIT, "run.compile=true"), None),
     "vit-accumulated": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), None),
     "vit-accumulated-zero1": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), "zero1.json"),
     "vit-accumulated-zero2": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), "zero2.json"),
@@ -141,6 +144,13 @@ def test_states_on_the_host_train_the_same_to_the_bit(runs: dict[str, dict[int, 
 def test_accumulating_two_half_batches_is_training_on_the_whole(runs: dict[str, dict[int, float]], stage: str) -> None:
     """Without BatchNorm, whose statistics are those of a micro-batch."""
     assert list(runs[f"vit-accumulated{stage}"].values()) == pytest.approx(list(runs["vit"].values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["vit-checkpointed", "vit-checkpointed-zero3", "vit-compiled"])
+def test_computing_activations_again_or_compiling_is_the_same_training(
+    runs: dict[str, dict[int, float]], case: str
+) -> None:
+    assert list(runs[case].values()) == pytest.approx(list(runs["vit"].values()), rel=1e-4)
 
 
 def test_bfloat16_stays_near_full_precision(runs: dict[str, dict[int, float]]) -> None:

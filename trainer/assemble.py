@@ -107,6 +107,8 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
+    if recipe.run.compile:
+        engine.compile()
     if saved is not None:
         load_engine(saved, engine, method, teacher)
     load_generators(saved, recipe.seed)

@@ -54,17 +54,22 @@ class Layers:
         squares[:, mine] = torch.stack([torch.stack(torch._foreach_norm(row)) for row in runs]).double().square()
         return list(distributed.sum_over_ranks(squares)[:, mine].sqrt().float())
 
+    def scale_(self, owners: Sequence[Tensor], tensors: Sequence[Tensor], factors: Tensor) -> None:
+        """Multiply each parameter's run by its factor, in the order of `norms`."""
+        if runs := self.runs(owners, tensors):
+            torch._foreach_mul_(runs, list(factors.unbind()))
+
 
 def clip_each_(layers: Layers, params: Sequence[Tensor], largest: float) -> None:
     """Shorten the gradient of every parameter that is longer than `largest` to that L2 norm.
 
     source: clip_gradients of the DINO and SSLight code, its 1e-6 included
     """
-    gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
     if not params:  # ZeRO 3 hands over one group's parameters at a time
         return
+    gradients: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
     (norms,) = layers.norms(params, gradients)
-    torch._foreach_mul_(layers.runs(params, gradients), list((largest / (norms + 1e-6)).clamp(max=1).unbind()))
+    layers.scale_(params, gradients, (largest / (norms + 1e-6)).clamp(max=1))
 
 
 class LARS(torch.optim.Optimizer):
@@ -118,7 +123,7 @@ class LARS(torch.optim.Optimizer):
         ratios = torch.where(
             (weight_norms > 0) & (update_norms > 0), self.trust_coefficient * weight_norms / update_norms, 1.0
         )
-        torch._foreach_mul_(self.layers.runs(params, updates), list(ratios.unbind()))
+        self.layers.scale_(params, updates, ratios)
         counts = [len(self.layers.runs([p], [p])) for p in params]
         self.trust_ratios |= dict(zip(params, torch.split(ratios, counts), strict=True))
 

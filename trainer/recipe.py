@@ -205,6 +205,8 @@ class Run:
     tensorboard: bool = True
     hang_timeout_s: float = 1800.0
     """A rank that finishes no step for so long prints where it stands, and ends the job."""
+    compile: bool = False
+    """Compile what the engine wraps with torch's inductor: minutes at the start, the same training but for rounding."""
 
     def __post_init__(self) -> None:
         _at_least(self, log_every_steps=1, keep_checkpoints=1)

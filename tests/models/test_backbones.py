@@ -149,3 +149,11 @@ def test_an_unknown_network_is_refused_with_near_names() -> None:
 def test_arguments_that_timm_refuses_are_named() -> None:
     with pytest.raises(ValueError, match=r"backbone\.args"):
         build_backbone(Backbone(name="resnet18", args={"no_such_argument": 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("resnet18", "would count every batch twice"), ("vgg11", "does not offer it")]
+)
+def test_activations_are_not_computed_again_where_that_would_change_the_training(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_backbone(Backbone(name=name, activation_checkpointing=True))

@@ -29,6 +29,9 @@ class Backbone:
     embeddings have nothing to fit."""
     sync_batchnorm: bool = True
     """BatchNorm statistics over all ranks, so that the number of ranks does not change the training."""
+    activation_checkpointing: bool = False
+    """Keep few activations and compute the others again in the backward pass: less memory, more time.
+    For networks without BatchNorm, which would count every batch twice."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, such as {dynamic_img_size: true} or {drop_path_rate: 0.1}."""
 
@@ -57,7 +60,20 @@ def build_backbone(spec: Backbone, **overrides: Any) -> nn.Module:
         initialise_like_sslight(network)
     if spec.pos_embed == "reference":
         resample_as_published(network)
+    if spec.activation_checkpointing:
+        _checkpoint_activations(network, spec.name)
     return network
+
+
+def _checkpoint_activations(network: nn.Module, name: str) -> None:
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise ValueError(
+            f"backbone.activation_checkpointing runs layers twice, and the BatchNorm of {name} would count every batch "
+            "twice; set it to false, or choose a network without BatchNorm, such as a vision transformer"
+        )
+    if not hasattr(network, "set_grad_checkpointing"):
+        raise ValueError(f"backbone.activation_checkpointing: timm's {name} does not offer it; set it to false")
+    network.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
 @torch.no_grad()
