@@ -1,11 +1,12 @@
 """Stop requests: SIGTERM and SIGUSR1 ask a job to save a checkpoint and to leave with a code for `start me again`.
 
-Any one rank may get the signal; all stop after the same step. What the launchers make of it (measured, LOG.md):
+Any one rank may get the signal; all stop after the same step. What the launchers make of it (LOG.md says what was seen):
 
-    to a worker, or to all                all save; `deepspeed` exits with 75, torchrun with 1
-    SIGTERM to torchrun or launch.py      they pass it on, and kill after 30 s: a step and a save must take less; exit 1
-    SIGUSR1 to torchrun or launch.py      it dies of it; its workers see that they are alone, and save; see below
-    any to the `deepspeed` runner         it dies alone: send signals to launch.py or to the workers instead
+    to a worker                  all save; the `deepspeed` command exits with 75, torchrun with 1
+    SIGTERM to torchrun          it passes it on, and kills after 30 s: a step and a save must take less; exit 1
+    SIGTERM to launch.py         the same, one rank after the other
+    SIGUSR1 to either            it dies of it, and its workers save as below
+    to the `deepspeed` command   on one host it dies alone, as it has no handler (read in its source): signal the others
 
 A worker whose launcher has died gets SIGTERM from the kernel, so it saves and leaves too, instead of training on
 unseen. The `deepspeed` runner exits with 0 when launch.py was killed: whether a run has reached its end, only the file
