@@ -1,6 +1,6 @@
 """Stop requests: SIGTERM and SIGUSR1 ask a job to save a checkpoint and to leave with a code for `start me again`.
 
-Any one rank may get the signal; all stop after the same step. What the launchers make of it (LOG.md says what was seen):
+Any one rank may get the signal; all stop after the same step. What the launchers make of it (seen: LOG.md):
 
     to a worker                  all save; the `deepspeed` command exits with 75, torchrun with 1
     SIGTERM to torchrun          it passes it on, and kills after 30 s: a step and a save must take less; exit 1
