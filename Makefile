@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-cluster test-gpu-build check bench clean
 
 # Every command below is found in the environment first, ninja included.
 ENVIRONMENT := $(abspath $(VENV))
@@ -26,7 +26,7 @@ RANKS ?= $(GPUS)
 endif
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "VENV=$(VENV)  the environment to use or create, such as VENV=\$$VIRTUAL_ENV or VENV=\$$CONDA_PREFIX"
 	@echo "PYTHON=$(PYTHON)  what a new environment is created with, 3.11 or newer"
@@ -79,6 +79,13 @@ demo: setup ## pre-train and evaluate on generated images, or DATA=folder with t
 test: setup check ## the checks, then every test; ARGS='-k word' for some
 	@echo "== Tests"
 	python -m pytest $(ARGS)
+
+test-cluster: setup ## two hosts on this machine, over ssh and without; as root, it installs openssh-server and pdsh
+	@scripts/cluster_packages.sh
+	python -m pytest tests/cluster $(ARGS)
+
+test-gpu-build: setup ## compile DeepSpeed's FusedAdam kernel for the GPU, with the nvcc on PATH; needs no GPU
+	python -m pytest -m gpu_build tests/test_gpu_build.py $(ARGS)
 
 check: setup ## lint, format, types, import contracts
 	@echo "== Checks"

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.step import NETWORKS, ROOT, STEPS_PER_EPOCH, VIT, random_views
 from trainer import distributed
 from trainer.assemble import build_method
-from trainer.engine import build_engine, keep_rewritten, load_ds_config
+from trainer.engine import build_engine, load_ds_config
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages
@@ -99,7 +99,6 @@ def step_of(
         update(loss)
         averages.add({"loss": loss, **values})
         method.after_step(applied=True)
-        keep_rewritten(method.rewritten_parameters())
         teacher.follow(method.student, progress.momentum)
 
     return step

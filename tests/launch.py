@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,12 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def losses(run_dir: Path) -> dict[int, float]:
     """The loss of every step."""
     return {record["step"]: record["loss"] for record in metrics(run_dir)}
+
+
+def wait_for_step(run_dir: Path, step: int, timeout_s: float = 400) -> None:
+    """Return once the run has written that step's loss."""
+    path = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and path.read_text().count('"loss"') > step):
+        assert time.monotonic() < deadline, f"no step {step} after {timeout_s} s"
+        time.sleep(0.02)

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import DEMO, TINY, TINY_MOCO, launcher, losses, metrics, run, start
+from tests.launch import DEMO, TINY, TINY_MOCO, launcher, losses, metrics, run, start, wait_for_step
 
 CHECKPOINTS = "run.checkpoint_every_epochs=0.5"
 
@@ -137,14 +136,6 @@ def rank_of(launched: subprocess.Popen[str], rank: int) -> psutil.Process:
         if process.environ().get("RANK") == str(rank):
             return process
     raise AssertionError(f"no process of rank {rank} below {launched.pid}")
-
-
-def wait_for_step(run_dir: Path, step: int, timeout_s: float = 400) -> None:
-    path = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + timeout_s
-    while not (path.exists() and path.read_text().count('"loss"') > step):
-        assert time.monotonic() < deadline, f"no step {step} after {timeout_s} s"
-        time.sleep(0.02)
 
 
 def newest_checkpoint(run_dir: Path) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import stopping
+from trainer.scaling import Network, Plan
 
 log = logging.getLogger("trainer")
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument {override!r}; overrides are written key.sub=value")
     if args.verb == "show" and args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
+    if args.verb == "show" and args.nodes is not None and (fault := _plan(args).check()):
+        parser.error(fault)
     if overrides and args.verb not in ("pretrain", "evaluate", "show", "sweep"):
         parser.error(f"{args.verb} reads no recipe, so it takes no {overrides[0]!r}")
     _log_to_console()
@@ -50,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", type=Path)
     show.add_argument("--out", type=Path, help="the contact sheet, a PNG (default: RECIPE.views.png)")
     show.add_argument("--images", type=int, default=6, help="images on the contact sheet (default: %(default)s)")
+    _add_scaling(show)
     sweep = verbs.add_parser("sweep", help="train and compare the cases of a study, such as those of recipes/sweeps")
     sweep.add_argument("sweep", type=Path)
     sweep.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/sweeps/NAME)")
@@ -64,6 +68,37 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=("sslight",), help="sslight: what the published loaders read")
     verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
+
+
+def _add_scaling(show: argparse.ArgumentParser) -> None:
+    links = Network()
+    scaling = show.add_argument_group("on more nodes, on paper (docs/clusters.md)")
+    scaling.add_argument("--nodes", type=int, help="print bytes, memory and time for 1, 2, 4 ... nodes")
+    scaling.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
+    scaling.add_argument("--weak", action="store_true", help="every node brings a global batch of its own")
+    scaling.add_argument("--measured", type=Path, metavar="RUN", help="a run directory, for the time of a step")
+    scaling.add_argument("--step-time-s", type=float, help="or that time itself, on one node")
+    for name, help in (
+        ("gpu-gbps", "Gbit/s of a GPU within a node"),
+        ("link-gbps", "Gbit/s of a node, all adapters together"),
+        ("gpu-latency-us", "a step of a ring within a node"),
+        ("link-latency-us", "a step between nodes"),
+    ):
+        default = getattr(links, name.replace("-", "_"))
+        scaling.add_argument(f"--{name}", type=float, default=default, help=f"{help} (default: %(default)s)")
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """The nodes that `show` is asked for."""
+    names = ("gpu_gbps", "link_gbps", "gpu_latency_us", "link_latency_us")
+    return Plan(
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        network=Network(**{name: getattr(args, name) for name in names}),
+        weak=args.weak,
+        step_s=args.step_time_s,
+        run=args.measured,
+    )
 
 
 def _log_to_console() -> None:
@@ -104,7 +139,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
             case "evaluate":
                 evaluate(args.run, args.protocol, overrides)
             case "show":
-                show(args.recipe, overrides, out=args.out, num_images=args.images)
+                plan = None if args.nodes is None else _plan(args)
+                show(args.recipe, overrides, out=args.out, num_images=args.images, plan=plan)
             case "sweep":
                 sweep(args.sweep, overrides, out=args.out, launcher=args.launcher)
             case "import-weights":

@@ -22,6 +22,8 @@ from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.recipe import Recipe, RecipeError
 from trainer.recipe_file import load_recipe
+from trainer.scaling import Plan
+from trainer.scaling_table import scaling_table, step_of
 from trainer.schedules import Progress
 
 IMAGENET_1K = 1_281_167
@@ -30,10 +32,13 @@ NO_DATA = Path("DATA.beton")
 """Stands in the resolved recipe where no data are given."""
 
 
-def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_images: int) -> None:
+def show(
+    recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_images: int, plan: Plan | None = None
+) -> None:
     """Print the resolved recipe, views, parameters, cost a step and schedule; draw a contact sheet if there are data.
 
     out: the PNG to write; by default the recipe's name in the current folder
+    plan: more nodes, to print what the recipe would do on them too
     raises: RecipeError, BetonError
     """
     recipe = load_recipe(recipe_path, overrides, train_if_missing=NO_DATA)
@@ -42,7 +47,8 @@ def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_i
     console = Console(width=130)
     console.print(yaml.safe_dump(recipe.plain(), sort_keys=False), markup=False, highlight=False)
     console.print(view_table(recipe))
-    method = build_method(recipe, num_classes=num_classes(recipe) if recipe.probe else None)
+    classes = num_classes(recipe) if recipe.probe else None
+    method = build_method(recipe, num_classes=classes)
     teacher = build_teacher(recipe, method)
     console.print(parameter_table(method, teacher))
     console.print(cost_table(recipe, method, teacher))
@@ -51,6 +57,8 @@ def show(recipe_path: Path, overrides: Sequence[str], *, out: Path | None, num_i
         f"{recipe.data.train}" if has_data else f"no data.train given: ImageNet-1k's {IMAGENET_1K} images"
     )
     console.print(schedule)
+    if plan is not None:
+        console.print(scaling_table(step_of(recipe, method, teacher, num_classes=classes), recipe, plan))
     if has_data:
         path = out or Path(f"{recipe_path.stem}.views.png")
         save_contact_sheet(recipe, path, num_images=num_images)
