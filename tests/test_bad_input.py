@@ -126,19 +126,23 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     half_epochs = "run.checkpoint_every_epochs=0.5"
     assert pretrain(synthetic, tmp_path / "run", half_epochs) == 0
-    teacher = tmp_path / "run/checkpoints/step_0000006/teacher.pt"
-    teacher.write_bytes(teacher.read_bytes()[:-100])
+    file = tmp_path / "run/checkpoints/step_0000006/rank_00000.pt"
+    file.write_bytes(file.read_bytes()[:-100])
     assert pretrain(synthetic, tmp_path / "run", half_epochs) == 0
     assert "step_0000006 is damaged" in caplog.text
     assert "continuing after step 3" in caplog.text
 
 
-def test_a_checkpoint_of_more_ranks_is_refused(synthetic: Path, tmp_path: Path, said: Sequence[str]) -> None:
+def test_a_checkpoint_of_deepspeeds_shards_is_refused_with_what_to_do(
+    synthetic: Path, tmp_path: Path, said: Sequence[str]
+) -> None:
     assert pretrain(synthetic, tmp_path / "run") == 0
     manifest = tmp_path / "run/checkpoints/step_0000006/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"world": 4}))
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in facts.items() if key != "format"}))
     assert pretrain(synthetic, tmp_path / "run") == 1
-    assert "was written by 4 ranks and this job has 1" in said[0]
+    assert "is of format 1 and this version reads format 2" in said[0]
+    assert "give another run.dir" in said[0]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint_keeps_it(

@@ -51,17 +51,21 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "vit-accumulated-zero2": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), "zero2.json"),
     "vit-accumulated-zero3": ((*TINY_MOCO, *LIVELY, *VIT, "optim.accumulation=2"), PIECES),
 }
-PAUSED = ("dino-zero1", "dino-lars", "swav-zero0", "swav-zero1")
+PAUSED = (
+    "moco-zero0", "moco-zero3", "dino-probe", "dino-zero1", "dino-zero3", "dino-offload", "dino-lars", "swav-zero0",
+    "swav-zero1", "swav-zero3", "vit-accumulated-zero2",
+)  # fmt: skip
 
 
 def train_every_case(data: Path, out: Path) -> dict[str, float]:
-    """On one rank: each case's 12 steps; then some once more in two halves, as after a pause."""
+    """On one rank: each case's 12 steps; then the last nine of some once more, as after a pause."""
     from trainer import distributed
     from trainer.loop import pretrain
     from trainer.recipe_file import load_recipe
 
     def train(name: str, overrides: tuple[str, ...], config: str | None) -> None:
-        paths = [f"data.train={data / 'train.beton'}", f"run.dir={out / name}", "run.checkpoint_every_epochs=0.5"]
+        paths = [f"data.train={data / 'train.beton'}", f"run.dir={out / name}"]
+        paths += ["run.checkpoint_every_epochs=0.5", "run.keep_checkpoints=9"]
         paths += [f"data.val={data / 'val.beton'}"] if EVALUATED[0] in overrides else []
         pretrain(load_recipe(DEMO, [*overrides, *paths]), DEMO, None if config is None else write(config))
 
@@ -75,21 +79,22 @@ def train_every_case(data: Path, out: Path) -> dict[str, float]:
         train(name, overrides, config)
     for method in PAUSED:
         overrides, config = CASES[method]
-        train(f"{method}-paused", overrides, config)
-        forget_the_end(out / f"{method}-paused")
+        go_back_to_step_3(out / method, out / f"{method}-paused")
         train(f"{method}-paused", overrides, config)
     return {}
 
 
-def forget_the_end(run_dir: Path) -> None:
-    """Put the run back to its last but one checkpoint, as if it had died before the last was complete."""
+def go_back_to_step_3(run_dir: Path, copy: Path) -> None:
+    """A copy of the run as if it had died before the second checkpoint was complete."""
     import shutil
 
     from trainer import distributed
 
     if distributed.is_main():
-        shutil.rmtree(run_dir / "checkpoints/step_0000012")
-        (run_dir / "finished").unlink()
+        shutil.copytree(run_dir, copy)
+        for step in (6, 9, 12):
+            shutil.rmtree(copy / f"checkpoints/step_{step:07d}")
+        (copy / "finished").unlink()
     distributed.barrier()
 
 

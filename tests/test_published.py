@@ -21,10 +21,13 @@ from tests.launch import DEMO, TINY_MOCO
 from trainer import weights
 from trainer.__main__ import main as trainer
 from trainer.assemble import build_method
+from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
+from trainer.models.backbones import num_features
 from trainer.models.heads import DINOHead, MoCoHead
 from trainer.published import import_weights, read
 from trainer.recipe_file import load_recipe
+from trainer.run_state import RunState
 from trainer.weights import WeightsError
 
 
@@ -170,12 +173,19 @@ def published_loader(path: Path, prefix: str, model_keys: list[str], head: Seque
     return dict(zip(model_keys, chosen, strict=True))
 
 
+def state_of(method: Method) -> RunState:
+    """What a checkpoint holds of a method before its first step."""
+    whole = method.state_dict()
+    teacher = EMATeacher(method.student).state_dict()
+    return RunState(0, [{"names": list(whole), "method": whole, "teacher": teacher, "pieces": {}}])
+
+
 def test_the_published_loaders_read_a_run_of_ours(tmp_path: Path) -> None:
     """The encoder for linear evaluation; encoder and the head's first two layers for fine-tuning."""
     dino = ["backbone.name=resnet18", "method.hidden_dim=16", "method.num_prototypes=12", "data.train=none"]
     recipe = load_recipe(DEMO.parent / "dino_sslight.yaml", [*dino, "backbone.args={}", f"run.dir={tmp_path}"])
     method = build_method(recipe)
-    weights.save(tmp_path, recipe, method, EMATeacher(method.student))
+    weights.save(tmp_path, recipe, state_of(method), num_features=num_features(method.student.backbone))
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.plain()))
     assert trainer(["export", str(tmp_path), str(tmp_path / "ours.pth.tar"), "--to", "sslight"]) == 0
 
@@ -196,7 +206,7 @@ def test_the_published_loaders_read_a_run_of_ours(tmp_path: Path) -> None:
 def test_a_network_that_the_published_code_does_not_know_is_not_exported(tmp_path: Path) -> None:
     recipe = load_recipe(DEMO, [*TINY_MOCO, "data.train=none", f"run.dir={tmp_path}"])
     method = build_method(recipe)
-    weights.save(tmp_path, recipe, method, EMATeacher(method.student))
+    weights.save(tmp_path, recipe, state_of(method), num_features=num_features(method.student.backbone))
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.plain()))
     assert trainer(["export", str(tmp_path), str(tmp_path / "ours.pth.tar"), "--to", "sslight"]) == 2
     assert not (tmp_path / "ours.pth.tar").exists()

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer import stopping
 from trainer.scaling import Network, Plan
 
 log = logging.getLogger("trainer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 if it succeeded, 2 if the user must change something, 1 if something broke."""
+    """Run one verb; 0: done, 1: something broke, 2: the user must change something, 75: stopped, start it again."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["doctor"]:
         from trainer import doctor
@@ -125,6 +126,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.recipe import RecipeError
     from trainer.recipe_file import load_recipe
     from trainer.run_dir import RunDirError
+    from trainer.run_state import StateError
     from trainer.show import show
     from trainer.sweep import SweepError, sweep
     from trainer.weights import WeightsError
@@ -132,7 +134,8 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     try:
         match args.verb:
             case "pretrain":
-                pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config)
+                if not pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config):
+                    return stopping.REQUEUE
             case "evaluate":
                 evaluate(args.run, args.protocol, overrides)
             case "show":
@@ -148,7 +151,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
             log.error("%s", error)
         return 2
-    except (DataError, CheckpointError, TrainingError, SweepError) as error:
+    except (DataError, CheckpointError, StateError, TrainingError, SweepError) as error:
         log.error("%s", error)
         return 1
     return 0
@@ -156,6 +159,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def command() -> int:
     """`main` as a process of its own, which leaves the process group at its end."""
+    stopping.follow_launcher()
     code = main()
     if "torch" in sys.modules:
         from trainer import distributed

@@ -1,12 +1,10 @@
 """Puts a run together from its recipe: network, method, teacher, optimizer, engine and loader."""
 
 import copy
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from data_prep.schema import BetonInfo, open_beton, read_labels
@@ -14,11 +12,13 @@ from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.data.subset import read_subset
 from trainer.engine import build_engine, whole, zero_stage
+from trainer.generators import seed_everything
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
 from trainer.optim import build_optimizer, param_groups
 from trainer.recipe import Recipe, RecipeError
+from trainer.run_state import RunState, load_engine, load_generators, load_networks
 from trainer.schedules import Schedules
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Assembly:
     """`method` itself, but under ZeRO 3, which keeps its parameters in pieces, a copy for `readable` to fill."""
     teacher: EMATeacher | None
     engine: "DeepSpeedEngine"
+    first_step: int
+    """How many steps were trained before."""
 
 
 def count_steps(recipe: Recipe) -> int:
@@ -88,8 +90,11 @@ def check_backbone(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from error
 
 
-def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Assembly:
-    """Build every part, the same on every rank."""
+def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, saved: RunState | None) -> Assembly:
+    """Build every part, the same on every rank, as it was in the saved state if there is one.
+
+    raises: StateError if the saved state is of other networks
+    """
     schedules = recipe.schedules(count_steps(recipe))
     loader = build_loader(recipe, device)
     method = build_method(recipe, num_classes=count_classes(open_beton(recipe.data.train)) if recipe.probe else None)
@@ -97,13 +102,17 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) ->
         synchronise_batchnorm(method, device)
     method.to(device)
     teacher = build_teacher(recipe, method)
+    if saved is not None:
+        load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
     optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
     engine = build_engine(method, optimizer, ds_config)
     if recipe.run.compile:
         engine.compile()
-    seed_everything(recipe.seed, distributed.rank())
-    return Assembly(loader, schedules, method, plain, teacher, engine)
+    if saved is not None:
+        load_engine(saved, engine, method, teacher)
+    load_generators(saved, recipe.seed)
+    return Assembly(loader, schedules, method, plain, teacher, engine, 0 if saved is None else saved.step)
 
 
 def readable(run: Assembly) -> Method:
@@ -151,11 +160,3 @@ def build_loader(recipe: Recipe, device: torch.device) -> ViewLoader:
         colour=views.colour,
         photometric=views.photometric_on(device.type),
     )
-
-
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed every global generator, differently on every rank: drop-path and the like may not agree over ranks."""
-    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)

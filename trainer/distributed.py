@@ -1,14 +1,20 @@
 """Rank, world and the few collectives we use, which also work in one process without a process group."""
 
 import os
+import typing
 from datetime import timedelta
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+TIMEOUT = timedelta(seconds=600)
+"""How long a rank waits for the others before it takes them for dead."""
 
-def start(device: torch.device, *, timeout_s: float = 600) -> None:
+
+def start(device: torch.device) -> None:
     """Join the process group that the launcher's environment describes; alone, form a group of one.
 
     `deepspeed`, `torchrun` and SLURM wrappers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT;
@@ -17,12 +23,11 @@ def start(device: torch.device, *, timeout_s: float = 600) -> None:
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
 
 
 def stop() -> None:
@@ -105,7 +110,54 @@ def gather_equal_rows(tensor: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank; it must pickle."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def true_everywhere(claim: bool) -> bool:
     """Whether the claim holds on every rank; all ranks get the same answer."""
     doubts = sum_over_ranks(torch.tensor([0 if claim else 1], device=local_device()))
     return not doubts.item()
+
+
+class Agreement:
+    """Claims that any rank may make and that all ranks learn one step later, at the same step.
+
+    They travel through host memory and beside the training, so that nothing waits for the device, nor for the slowest
+    rank of this step. A rank that has died is an error here, even where its absence would only hang the device.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        if world() > 1:
+            self._group = typing.cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=TIMEOUT))
+        self._under_way: tuple[dist.Work, Tensor] | None = None
+
+    def any_claims(self, *claims: bool) -> list[bool]:
+        """Which of the claims any rank made in the step before; alone, what it claims now."""
+        if self._group is None:
+            return list(claims)
+        if self._under_way is not None:
+            work, made = self._under_way
+            work.wait()
+            self._under_way = None
+            if made.any():
+                return made.bool().tolist()  # and all ranks leave, with nothing under way
+        mine = torch.tensor(claims, dtype=torch.int32)
+        under_way = dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert under_way is not None
+        self._under_way = under_way, mine
+        return [False] * len(claims)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, fault: type[BaseException] | None, *_: object) -> None:
+        if fault is None and self._group is not None:  # after a fault other ranks may not answer any more
+            if self._under_way is not None:
+                self._under_way[0].wait()
+            dist.destroy_process_group(self._group)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,24 @@ from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
 from trainer.guards import FiniteGuard, watchdog
 from trainer.metrics import Averages, MetricLog, StepClock
+from trainer.models.backbones import num_features
 from trainer.optim import set_progress
 from trainer.recipe import Recipe
-from trainer.schedules import Progress
+from trainer.run_state import capture, untrained_parameters
+from trainer.schedules import Progress, Schedules
+from trainer.stopping import StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
 SUCCESS = "finished"
 """The file that a run leaves when it has trained to its end; a launcher's exit code alone can lie."""
 
 
-def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> None:
+def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> bool:
     """Train to the recipe's last epoch, from the newest checkpoint in run.dir if there is one.
 
-    raises: RecipeError, DSConfigError, BetonError, RunDirError, CheckpointError before the first step; DataError and
-    TrainingError during training
+    returns: whether it came to the end; False if it was asked to stop, and saved what it had
+    raises: RecipeError, DSConfigError, BetonError, RunDirError, StateError before the first step; DataError and
+    TrainingError during training; CheckpointError at any time
     """
     device = distributed.local_device()
     ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
@@ -40,22 +45,46 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     check_backbone(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
-    run_dir.log_to(folder)
-    run = assemble(recipe, ds_config, device)
-    next_step = checkpoint.resume(folder, run.engine, run.method, run.teacher)
-    announce(recipe, run, next_step)
+    with run_dir.held(folder):
+        run_dir.log_to(folder)
+        run = assemble(recipe, ds_config, device, checkpoint.newest(folder))
+        announce(recipe, run)
+        with stop_requests() as request:
+            finished = train(recipe, run, folder, autocast(ds_config, device), request)
+        if finished and distributed.is_main():
+            run_dir.write_text(folder / SUCCESS, f"{run.schedules.num_steps} steps\n")
+            log.info("finished %d steps; the run is in %s", run.schedules.num_steps, folder)
+    if not finished:
+        log.info("asked to stop: the run is saved in %s, and the same command continues it", folder)
+    return finished
 
-    schedules, optim, keep = run.schedules, recipe.optim, recipe.run.keep_checkpoints
-    precision = autocast(ds_config, device)
-    checkpoint_steps = max(1, round(recipe.run.checkpoint_every_epochs * schedules.steps_per_epoch))
+
+def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast, request: StopRequest) -> bool:
+    """Every step from run.first_step on, with what belongs between them; whether it came to the last."""
+    schedules, optim, device = run.schedules, recipe.optim, distributed.local_device()
+    next_step = run.first_step
+    export = partial(weights.save, folder, recipe, num_features=num_features(run.method.student.backbone))
     averages, clock, guard = Averages(), StepClock(optim.global_batch), FiniteGuard()
     with (
         watchdog(recipe.run.hang_timeout_s) as dog,
         closing(run.loader),
         MetricLog(folder, next_step, schedules.num_steps, tensorboard=recipe.run.tensorboard) as metrics,
+        checkpoint.Checkpoints(folder, keep=recipe.run.keep_checkpoints, export=export) as checkpoints,
+        distributed.Agreement() as agreement,
     ):
-        while next_step < schedules.num_steps:
+        while True:
             epoch, done = divmod(next_step, schedules.steps_per_epoch)
+            if done == 0 and epoch > 0 and not metrics.evaluated(next_step - 1):
+                dog.rest()
+                accuracies = evaluate(recipe, run, epoch - 1, device)
+                if accuracies:
+                    metrics.write({"step": next_step - 1, "epoch": epoch - 1, **accuracies})
+                    log.info("epoch %d  %s", epoch - 1, brief(accuracies))
+                if (top1 := accuracies.get(f"knn/{recipe.run.keep_best}_top1")) is not None:
+                    checkpoints.judge(next_step, top1)
+            if next_step == schedules.num_steps:
+                return True
+            dog.heard()
             batches = run.loader.epoch(epoch, start=done * optim.global_batch)
             clock.resume()
             for step in range(next_step, (epoch + 1) * schedules.steps_per_epoch):
@@ -81,41 +110,48 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
                 dog.heard()
 
                 next_step = step + 1
-                is_last = next_step == schedules.num_steps
-                is_checkpoint = next_step % checkpoint_steps == 0 or is_last
+                stop, write_failed = agreement.any_claims(request.came, checkpoints.failed)
+                if write_failed:
+                    checkpoints.stop_on_failure()
+                is_checkpoint = stop or is_saved(recipe, schedules, next_step)
                 if next_step % recipe.run.log_every_steps == 0 or is_checkpoint:
                     record = describe(progress) | averages.read() | clock.read()
                     guard.check(record)
                     metrics.write(record)
                     metrics.show(record)
                 if is_checkpoint:
-                    checkpoint.save(folder, next_step, run.engine, run.method, run.teacher, keep=keep)
-                    weights.save(folder, recipe, readable(run), run.teacher)
+                    state = capture(run.engine, run.method, run.teacher, untrained_parameters(run.plain))
+                    metrics.write({"step": step, "checkpoint_s": checkpoints.save(next_step, state)})
                     clock.resume()
+                if stop:
+                    batches.close()
+                    return False
             batches.close()
-            dog.rest()
-            accuracies = evaluate(recipe, run, epoch, device, is_last=is_last)
-            if accuracies:
-                metrics.write({"step": step, "epoch": epoch, **accuracies})
-                log.info("epoch %d  %s", epoch, brief(accuracies))
-            dog.heard()
-    if distributed.is_main():
-        run_dir.write_text(folder / SUCCESS, f"{next_step} steps\n")
-        log.info("finished %d steps; the run is in %s", next_step, folder)
 
 
-def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device, *, is_last: bool) -> dict[str, float]:
+def due_evaluations(recipe: Recipe, epoch: int) -> set[str]:
+    """Which evaluations follow an epoch; none without val images, all after the last."""
+    every = {"knn": recipe.evals.knn.every_epochs, "probe": recipe.evals.probe.every_epochs if recipe.probe else 0}
+    is_last = epoch + 1 == recipe.optim.epochs
+    due = {name for name, epochs in every.items() if epochs > 0 and (is_last or (epoch + 1) % epochs == 0)}
+    return set() if recipe.data.val is None else due
+
+
+def is_saved(recipe: Recipe, schedules: Schedules, step: int) -> bool:
+    """Whether a checkpoint is due after so many steps: at the recipe's interval, before an evaluation, at the end."""
+    interval = max(1, round(recipe.run.checkpoint_every_epochs * schedules.steps_per_epoch))
+    epochs, further_steps = divmod(step, schedules.steps_per_epoch)
+    is_evaluated = further_steps == 0 and bool(due_evaluations(recipe, epochs - 1))
+    return step % interval == 0 or is_evaluated or step == schedules.num_steps
+
+
+def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device) -> dict[str, float]:
     """The accuracies that are due after an epoch, under the names of metrics.jsonl; none without val images."""
-    if recipe.data.val is None:
-        return {}
-
-    def is_due(every_epochs: int) -> bool:
-        return every_epochs > 0 and (is_last or (epoch + 1) % every_epochs == 0)
-
+    due = due_evaluations(recipe, epoch)
     accuracies: dict[str, float] = {}
-    if is_due(recipe.evals.knn.every_epochs):
+    if "knn" in due:
         accuracies |= evaluate_branches(recipe, readable(run), run.teacher, device)
-    if recipe.probe and is_due(recipe.evals.probe.every_epochs):
+    if "probe" in due:
         accuracies |= evaluate_probe(recipe, readable(run), device)
     return accuracies
 
@@ -149,10 +185,11 @@ def describe(progress: Progress) -> dict[str, Any]:
     }
 
 
-def announce(recipe: Recipe, run: Assembly, step: int) -> None:
+def announce(recipe: Recipe, run: Assembly) -> None:
     """Say at the start what runs on what."""
     if not distributed.is_main():
         return
+    step = run.first_step
     backbone = sum(parameter.numel() for parameter in run.plain.student.backbone.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in run.plain.parameters() if parameter.requires_grad) / 1e6
     groups = (recipe.views.global_views, recipe.views.local_views)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from trainer import distributed
 
 log = logging.getLogger(__name__)
+EVALUATIONS = ("knn/", "probe/val_")
+"""How the names of an evaluation's results begin."""
 
 
 class Averages:
@@ -84,13 +87,18 @@ class MetricLog:
         self._started = time.monotonic()
         self._first_step, self._num_steps = first_step, num_steps
         self._file = self._board = self._bar = None
+        self._evaluated = -1
         if distributed.is_main():
             path = run_dir / "metrics.jsonl"
-            _forget_from(path, first_step)
+            self._evaluated = _forget_from(path, first_step)
             self._file = path.open("a", encoding="utf-8")
             self._board = _tensorboard(run_dir / "tensorboard", first_step) if tensorboard else None
             self._bar = _progress_bar()
             self._task = self._bar.add_task("", total=num_steps, completed=first_step) if self._bar else None
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the networks after that step have been evaluated before this process began; all ranks must ask."""
+        return distributed.from_main(self._evaluated) >= step
 
     def write(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers go to TensorBoard too. `step` says where it belongs."""
@@ -135,12 +143,23 @@ class MetricLog:
             self._file.close()
 
 
-def _forget_from(path: Path, first_step: int) -> None:
-    """Drop records of steps that will be trained again, so that the file reads as one uninterrupted run."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
-        path.write_text("".join(kept), encoding="utf-8")
+def _forget_from(path: Path, first_step: int) -> int:
+    """Cut off the records of steps that will be trained again, so that the file reads as one uninterrupted run.
+
+    returns: the step of the last evaluation that stays, -1 for none
+    """
+    kept, evaluated = 0, -1
+    if not path.exists():
+        return evaluated
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = json.loads(line) if line.endswith(b"\n") else {"step": first_step}  # a line that a kill cut in two
+        if record["step"] >= first_step:
+            break
+        kept += len(line)
+        if any(name.startswith(EVALUATIONS) for name in record):
+            evaluated = record["step"]
+    os.truncate(path, kept)
+    return evaluated
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

@@ -199,6 +199,9 @@ class Run:
     log_every_steps: int
     checkpoint_every_epochs: float = 1.0
     keep_checkpoints: int = 2
+    """How many of the newest stay."""
+    keep_best: Literal["student", "teacher", "none"] = "student"
+    """The checkpoint with this network's best k-NN top-1 so far stays too, if evals.knn evaluates during training."""
     tensorboard: bool = True
     hang_timeout_s: float = 1800.0
     """A rank that finishes no step for so long prints where it stands, and ends the job."""

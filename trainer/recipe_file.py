@@ -111,6 +111,8 @@ def _cross_check(recipe: Recipe) -> str | None:
             f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "
             "among them, which must not change the student; set probe=false, or optim.gradient_clipping=0"
         )
+    if recipe.run.keep_best == "teacher" and recipe.teacher.kind == "none":
+        return "run.keep_best teacher: this recipe has no teacher; set run.keep_best=student"
     return None
 
 

@@ -1,6 +1,7 @@
 """The run directory: who owns it, what is written into it before step 1."""
 
 import difflib
+import fcntl
 import json
 import logging
 import os
@@ -8,15 +9,20 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch.distributed as dist
 import yaml
 
 from trainer import distributed
 from trainer.recipe import Recipe, what_shapes_training
+
+log = logging.getLogger(__name__)
+LOCK_TIMEOUT_S = 120.0
 
 
 class RunDirError(ValueError):
@@ -28,11 +34,9 @@ def claim(recipe: Recipe, recipe_path: Path, ds_config: dict[str, Any]) -> Path:
 
     raises: RunDirError on every rank, with the difference, if it holds another recipe's run
     """
-    fault = [_claim(recipe, recipe_path, ds_config) if distributed.is_main() else None]
-    if distributed.world() > 1:
-        dist.broadcast_object_list(fault, src=0)
-    if fault[0] is not None:
-        raise RunDirError(fault[0])
+    fault = distributed.from_main(_claim(recipe, recipe_path, ds_config) if distributed.is_main() else None)
+    if fault is not None:
+        raise RunDirError(fault)
     return recipe.run.dir
 
 
@@ -57,6 +61,45 @@ def _claim(recipe: Recipe, recipe_path: Path, ds_config: dict[str, Any]) -> str 
         write_text(resolved, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     except OSError as error:
         return f"run.dir {run_dir} cannot be written: {error}"
+    return None
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep other jobs out of the run directory; all ranks call it, rank 0 holds the lock, which dies with it.
+
+    The last job's processes may still be saving when the next one starts, so it waits for them.
+    raises: RunDirError on every rank if they are not gone after LOCK_TIMEOUT_S
+    """
+    lock = (run_dir / ".lock").open("a+", encoding="utf-8") if distributed.is_main() else None
+    try:
+        fault = distributed.from_main(None if lock is None else _lock(lock))
+        if fault is not None:
+            raise RunDirError(f"run.dir {run_dir} is in use by {fault}; end that job, or give another run.dir")
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(file: TextIO) -> str | None:
+    """Who holds the file, or None once we do."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                return file.read().strip() or "another process"
+            time.sleep(0.2)
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): take care that no two jobs share this run.dir", file.name, error)
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
     return None
 
 

@@ -11,12 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer import distributed
-from trainer.methods.joint_embedding import Method
-from trainer.methods.teacher import EMATeacher
 from trainer.models.backbones import Backbone, build_backbone, num_features
 from trainer.recipe import Recipe
 from trainer.run_dir import write_json
+from trainer.run_state import RunState
 
 MODEL, HEAD, CONFIG = "model.safetensors", "head.safetensors", "config.json"
 
@@ -25,43 +23,54 @@ class WeightsError(ValueError):
     """Weights that are not what they were taken for."""
 
 
-def save(run_dir: Path, recipe: Recipe, method: Method, teacher: EMATeacher | None) -> None:
-    """Write weights/student and weights/teacher; `timm.create_model("local-dir:...")` loads either."""
-    if not distributed.is_main():
-        return
-    branches = {"student": method.student} | ({} if teacher is None else {"teacher": teacher.branch})
-    views = recipe.views
+def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -> None:
+    """Write weights/student and weights/teacher of a checkpoint; `timm.create_model("local-dir:...")` loads either."""
+    views, teacher = recipe.views, state.teacher()
+    branches = {"student": _under("student.", state.method())}
+    if teacher is not None:
+        branches["teacher"] = _under("branch.", teacher)
     for name, branch in branches.items():
         folder = run_dir / "weights" / name
-        save_backbone(
-            folder, branch.backbone, recipe.backbone, size=views.global_views.size, mean=views.mean, std=views.std
-        )
-        save_head(folder, branch.head.state_dict())
+        config = _config(recipe.backbone, num_features, size=views.global_views.size, mean=views.mean, std=views.std)
+        _save_network(folder, _under("backbone.", branch), config)
+        save_head(folder, _under("head.", branch))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def save_backbone(
     folder: Path, network: nn.Module, spec: Backbone, *, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """Write one backbone in fp32, each file whole or not at all."""
+    _save_network(folder, network.state_dict(), _config(spec, num_features(network), size=size, mean=mean, std=std))
+
+
+def _save_network(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _save_tensors(folder / MODEL, network.state_dict())
-    write_json(
-        folder / CONFIG,
-        {
-            "architecture": spec.name,
+    _save_tensors(folder / MODEL, state)
+    write_json(folder / CONFIG, config)
+
+
+def _config(
+    spec: Backbone, num_features: int, *, size: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """What timm reads beside the weights."""
+    return {
+        "architecture": spec.name,
+        "num_classes": 0,
+        "num_features": num_features,
+        "model_args": spec.args,
+        "pos_embed": spec.pos_embed,  # ours; timm passes over it
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bicubic",
             "num_classes": 0,
-            "num_features": num_features(network),
-            "model_args": spec.args,
-            "pos_embed": spec.pos_embed,  # ours; timm passes over it
-            "pretrained_cfg": {
-                "input_size": [3, size, size],
-                "mean": list(mean),
-                "std": list(std),
-                "interpolation": "bicubic",
-                "num_classes": 0,
-            },
         },
-    )
+    }
 
 
 def save_head(folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ import timm
 from torch import nn
 
 from trainer import weights
-from trainer.assemble import build_method, seed_everything
+from trainer.assemble import build_method
 from trainer.evals.features import Pixels
+from trainer.generators import seed_everything
 from trainer.models.backbones import Backbone, build_backbone, check_sizes
 from trainer.recipe import Evaluation, Recipe, RecipeError
 from trainer.recipe_file import load_evaluation, load_recipe

@@ -48,6 +48,16 @@ class _NormaliseOverRanks(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
+def statistics_of_this_rank(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of BatchNorms that count this rank's rows only, under the module's names; live, not copied."""
+    return {
+        f"{prefix}{'.' if prefix else ''}{name}": buffer
+        for prefix, norm in module.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm)
+        for name, buffer in norm.named_buffers(recurse=False)
+    }
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose batch statistics are those of all ranks together; equal to BatchNorm in one process.
 
