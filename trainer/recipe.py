@@ -14,6 +14,7 @@ from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.teacher import EMA
 from trainer.models.backbones import Backbone
 from trainer.optim import Optim
+from trainer.protocols import KNN, ProbeEval, at_least
 from trainer.schedules import Schedules
 
 PerView = float | tuple[float, ...]
@@ -22,13 +23,6 @@ PER_VIEW = ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every fault."""
-
-
-def _at_least(block: Any, **limits: int) -> None:
-    """ValueError if a field of the block lies below its limit."""
-    for name, limit in limits.items():
-        if getattr(block, name) < limit:
-            raise ValueError(f"{name} must be at least {limit}, got {getattr(block, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,38 +120,7 @@ class Data:
     """What to do about an image that does not decode: stop and name it, or use another of its batch and count it."""
 
     def __post_init__(self) -> None:
-        _at_least(self, num_workers=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KNN:
-    """Weighted k-nearest-neighbour accuracy of val images among the train images' features."""
-
-    every_epochs: int
-    """During training; 0 for never."""
-    k: int = 20
-    temperature: float = 0.07
-    size: int = 224
-    resize: int = 256
-    """The shorter side is resized to this before the centre crop of `size`."""
-    batch_size: int = 256
-    """Images a rank."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, every_epochs=0, k=1, batch_size=1, size=8, resize=self.size)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeEval:
-    """Accuracy of the joint probe on val images, which are read as k-NN reads them."""
-
-    every_epochs: int
-    """0 for never; without `probe: true` there is nothing to evaluate."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, every_epochs=0)
+        at_least(self, num_workers=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +128,7 @@ class Evals:
     """Evaluations during training; `trainer evaluate` takes its settings from here too."""
 
     knn: KNN
-    probe: ProbeEval = ProbeEval(every_epochs=1)
+    probe: ProbeEval = ProbeEval(every_epochs=1)  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +172,7 @@ class Run:
     """Compile what the engine wraps with torch's inductor: minutes at the start, the same training but for rounding."""
 
     def __post_init__(self) -> None:
-        _at_least(self, log_every_steps=1, keep_checkpoints=1)
+        at_least(self, log_every_steps=1, keep_checkpoints=1)
         for field in ("checkpoint_every_epochs", "hang_timeout_s"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")

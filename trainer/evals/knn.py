@@ -10,7 +10,8 @@ from trainer.evals.collapse import feature_std, rank_me
 from trainer.evals.features import Features, ImageReader
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
-from trainer.recipe import KNN, Data, Evaluation, Recipe, RecipeError
+from trainer.protocols import KNN
+from trainer.recipe import Data, Evaluation, Recipe, RecipeError
 
 
 @torch.no_grad()
