@@ -176,7 +176,7 @@ def train_on_ranks(case: Case, stage: int, folder: Path) -> Trace:
         set_progress(engine.optimizer, progress, frozen=method.frozen(progress))
         if isinstance(optimizer, LARS):
             optimizer.trust_ratios.clear()
-        loss, _ = engine(views, teacher and teacher(method.teacher_views(views)), progress)
+        loss, *_ = engine(views, teacher and teacher(method.teacher_views(views)), progress)
         engine.backward(loss)
         engine.step()
         assert engine.was_step_applied()
