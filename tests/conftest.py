@@ -19,8 +19,3 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (synth, *convert):
         subprocess.run([sys.executable, "-m", "data_prep", *command], check=True, timeout=400)
     return folder
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First the scaling model, which pretends to be many ranks and so needs a process without a process group."""
-    items.sort(key=lambda item: item.path.name != "test_scaling.py")

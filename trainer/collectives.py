@@ -1,7 +1,9 @@
 """What a method itself says to other ranks in a step, found by running the real code beside ranks that do not exist."""
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +78,13 @@ def traffic(recipe: Recipe, *, num_classes: int | None) -> Traffic:
     """Run a step of the recipe's last epoch on blank images, twice; takes as long as six images do.
 
     BatchNorm is counted as it runs on CPUs, which gathers 3 numbers a channel where torch's on GPUs gathers 2.
+    A process of its own does it, since a process may be in one group only, and this one may be in a real one.
     """
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_count, recipe, num_classes).result()
+
+
+def _count(recipe: Recipe, num_classes: int | None) -> Traffic:
     of_two, norm = _calls(recipe, num_classes, images=2)
     of_four, _ = _calls(recipe, num_classes, images=4)
     every = Counter((kind, small, large) for (kind, small), (_, large) in zip(of_two, of_four, strict=True))
