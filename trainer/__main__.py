@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import stopping
+from trainer import protocols, stopping
 from trainer.scaling import Network, Plan
 
 log = logging.getLogger("trainer")
@@ -47,8 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("recipe", type=Path)
     pretrain.add_argument("--deepspeed_config", type=Path, help="such as ds_configs/zero1.json; stage 0 without")
     evaluate = verbs.add_parser("evaluate", parents=[launched], help="measure what a network has learnt")
-    evaluate.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="or a timm name, for timm's own weights")
-    evaluate.add_argument("--protocol", required=True, choices=("knn", "linear_cached"))
+    evaluate.add_argument(
+        "run", type=Path, metavar="RUN_OR_WEIGHTS", help="or a timm name, or a published FILE.pth.tar"
+    )
+    evaluate.add_argument("--protocol", required=True, choices=protocols.EVALS)
+    evaluate.add_argument(
+        "--networks", type=lambda names: names.split(","), default=(), metavar="NAME,...",
+        help="such as student,untrained; default: all, or the student where the protocol trains",
+    )  # fmt: skip
     show = verbs.add_parser("show", help="print what a recipe decides, and draw its views of data.train")
     show.add_argument("recipe", type=Path)
     show.add_argument("--out", type=Path, help="the contact sheet, a PNG (default: RECIPE.views.png)")
@@ -58,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("sweep", type=Path)
     sweep.add_argument("--out", type=Path, help="folder for runs, table and plot (default: runs/sweeps/NAME)")
     sweep.add_argument("--launcher", help="starts each run, such as 'deepspeed --num_gpus 8 --module'")
+    report = verbs.add_parser("report", help="evaluations of many runs as one table, beside published figures")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_WEIGHTS")
+    report.add_argument("--out", type=Path, default=Path("report.md"), help="also .csv and .tex (default: %(default)s)")
     imports = verbs.add_parser("import-weights", help="turn a published SSLight checkpoint into weights folders")
     imports.add_argument("source", type=Path, metavar="FILE.pth.tar")
     imports.add_argument("folder", type=Path, help="where to: its student/ and teacher/ load in timm")
@@ -125,6 +134,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.loop import pretrain
     from trainer.recipe import RecipeError
     from trainer.recipe_file import load_recipe
+    from trainer.report import ReportError, report
     from trainer.run_dir import RunDirError
     from trainer.run_state import StateError
     from trainer.show import show
@@ -137,7 +147,9 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
                 if not pretrain(load_recipe(args.recipe, overrides), args.recipe, args.deepspeed_config):
                     return stopping.REQUEUE
             case "evaluate":
-                evaluate(args.run, args.protocol, overrides)
+                evaluate(published.as_folder(args.run), args.protocol, overrides, args.networks)
+            case "report":
+                report(args.runs, args.out)
             case "show":
                 plan = None if args.nodes is None else _plan(args)
                 show(args.recipe, overrides, out=args.out, num_images=args.images, plan=plan)
@@ -147,7 +159,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
                 published.import_weights(args.source, args.folder, args.backbone)
             case "export":
                 published.export(args.source, args.file)
-    except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError) as error:
+    except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError, ReportError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
             log.error("%s", error)
         return 2

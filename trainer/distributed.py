@@ -118,6 +118,15 @@ def from_main(value: T) -> T:
     return values[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank; they must pickle."""
+    if world() == 1:
+        return [value]
+    values: list[T | None] = [None] * world()
+    dist.all_gather_object(values, value)
+    return typing.cast("list[T]", values)
+
+
 def true_everywhere(claim: bool) -> bool:
     """Whether the claim holds on every rank; all ranks get the same answer."""
     doubts = sum_over_ranks(torch.tensor([0 if claim else 1], device=local_device()))

@@ -74,10 +74,17 @@ def load_ds_config(path: Path | None, optim: Optim, *, micro_batch: int) -> dict
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             raise DSConfigError(f"{source}: {key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
     _check_stage_and_precision(config, optim, source)
-    return config | {
+    accumulation, clipping = optim.accumulation, optim.gradient_clipping
+    batches = {"gradient_accumulation_steps": accumulation, "gradient_clipping": clipping}
+    return plain_config(micro_batch) | config | batches
+
+
+def plain_config(micro_batch: int) -> dict[str, Any]:
+    """Stage 0 in full precision, an update for every batch: what evaluations train with."""
+    return DEFAULT_DS_CONFIG | {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": optim.accumulation,
-        "gradient_clipping": optim.gradient_clipping,  # always written: DeepSpeed's own default is 1.0
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # always written: DeepSpeed's own default is 1.0
         "zero_allow_untested_optimizer": True,  # DeepSpeed knows optimizers by exact type; ours are subclasses
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded states too, and compiles nothing
         "steps_per_print": 2**31,  # progress is ours to print
@@ -163,7 +170,9 @@ def autocast(config: dict[str, Any], device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=bool(settings.get("enabled", False)))
 
 
-def build_engine(module: nn.Module, optimizer: AdamW | LARS, config: dict[str, Any]) -> "DeepSpeedEngine":
+def build_engine(
+    module: nn.Module, optimizer: AdamW | LARS | torch.optim.SGD, config: dict[str, Any]
+) -> "DeepSpeedEngine":
     """Wrap the module; every rank must hold the same weights and the process group must exist.
 
     raises: PartitionError if ZeRO does not cut the parameters as `partitions` reads it
@@ -176,9 +185,9 @@ def build_engine(module: nn.Module, optimizer: AdamW | LARS, config: dict[str, A
     if distributed.world() == 1 and zero_stage(config) == 0:
         # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back (LOG.md).
         engine.allreduce_no_retain = lambda *_, **__: None
-    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None and not isinstance(optimizer, torch.optim.SGD):
         engine.torch_autocast_z0_gradscaler = _TellingScaler(optimizer, distributed.local_device().type)
-    if originals:
+    if originals and isinstance(optimizer, AdamW | LARS):
         check_partitions(engine, originals)
         _advise(config, optimizer, originals)
         optimizer.layers = Layers(pieces(engine), list(originals))

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from trainer import weights
+from trainer import distributed, weights
 from trainer.models.backbones import Backbone, build_backbone
 from trainer.pickles import PickleError, load_without_code
 from trainer.recipe_file import load_recipe
@@ -88,6 +88,17 @@ def import_weights(source: Path, folder: Path, backbone: str | None = None) -> N
     log.info(
         "written to %s: %s; left out: %s", folder, ", ".join(networks), ", ".join(checkpoint.left_out) or "nothing"
     )
+
+
+def as_folder(source: Path) -> Path:
+    """What to evaluate: a published checkpoint's file is imported once, into a folder beside it."""
+    if not source.is_file():
+        return source
+    folder = source.with_name(f"{source.name.split('.')[0]}.weights")
+    if distributed.is_main() and not (folder / SOURCE).is_file():
+        import_weights(source, folder)
+    distributed.barrier()
+    return folder
 
 
 def read(path: Path) -> Checkpoint:

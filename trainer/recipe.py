@@ -14,7 +14,7 @@ from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.teacher import EMA
 from trainer.models.backbones import Backbone
 from trainer.optim import Optim
-from trainer.protocols import KNN, ProbeEval, at_least
+from trainer.protocols import Evals, at_least
 from trainer.schedules import Schedules
 
 PerView = float | tuple[float, ...]
@@ -121,14 +121,6 @@ class Data:
 
     def __post_init__(self) -> None:
         at_least(self, num_workers=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evals:
-    """Evaluations during training; `trainer evaluate` takes its settings from here too."""
-
-    knn: KNN
-    probe: ProbeEval = ProbeEval(every_epochs=1)  # noqa: RUF009
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,9 @@ class WeightsError(ValueError):
 def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -> None:
     """Write weights/student and weights/teacher of a checkpoint; `timm.create_model("local-dir:...")` loads either."""
     views, teacher = recipe.views, state.teacher()
-    branches = {"student": _under("student.", state.method())}
+    method = state.method()
+    prototypes = {name: value for name, value in method.items() if name.startswith("prototypes.")}  # SwAV's
+    branches = {"student": _under("student.", method) | {f"head.{name}": value for name, value in prototypes.items()}}
     if teacher is not None:
         branches["teacher"] = _under("branch.", teacher)
     for name, branch in branches.items():

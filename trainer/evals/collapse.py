@@ -1,8 +1,101 @@
-"""Whether features have collapsed: how many directions they use, and how far apart they lie."""
+"""Whether features have collapsed: how many directions they use, how far apart they lie, which prototypes they meet."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from trainer import distributed, weights
+from trainer.data.views import View
+from trainer.evals.features import Features, reader_of
+from trainer.evals.sources import Results, Source
+from trainer.models import heads
+from trainer.recipe import RecipeError
+
+PAIR: dict[str, Any] = {"scale": (0.2, 1.0), "jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": 0.0}
+"""Two such crops of an image, flipped every second time, are a positive pair; the same for every method."""
+
+
+@torch.no_grad()
+def run(source: Source) -> tuple[dict[str, Any], Results]:
+    """Every measure for every network of the source, on the val images; labels are not needed."""
+    recipe = source.recipe
+    if recipe.data.val is None:
+        raise RecipeError("collapse is measured on val images; give data.val=VAL.beton")
+    reader = reader_of(recipe, distributed.local_device())
+    networks = source.on(reader.device)
+    centres = reader.features(networks, recipe.data.val)
+    crop = View(size=reader.size, **PAIR)
+    first, second = (reader.features(networks, recipe.data.val, view=crop, seed=recipe.seed + i) for i in range(2))
+    results: Results = {}
+    for name in networks:
+        head = weights.load_head(source.folders[name]) if name in source.folders else {}
+        results[name] = measures(centres[name], first[name].vectors, second[name].vectors, head)
+    return {"size": reader.size, "resize": reader.resize, "scale": PAIR["scale"], "t": UNIFORMITY_T}, results
+
+
+def measures(centres: Features, first: Tensor, second: Tensor, head: Mapping[str, Tensor]) -> dict[str, float]:
+    """All measures of one network.
+
+    first, second: (N, D) features of two random crops of each image
+    head: tensors of the projection head, for the use of prototypes
+    """
+    vectors = centres.vectors
+    result = {"rank_me": rank_me(vectors), "feature_std": feature_std(vectors)}
+    result |= {"alignment": alignment(first, second), "uniformity": uniformity(first), "num_images": len(vectors)}
+    logits = prototype_logits(vectors, head)
+    return result | (prototype_use(logits) if logits is not None else {})
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Mean squared distance of the unit-length features of two views of an image: 0 if all pairs agree.
+
+    source: Wang and Isola, arXiv 2005.10242, alpha 2
+    """
+    distance = F.normalize(first.double(), dim=1) - F.normalize(second.double(), dim=1)
+    return float(distance.square().sum(1).mean())
+
+
+UNIFORMITY_T = 2.0
+
+
+def uniformity(features: Tensor) -> float:
+    """log of the mean of exp(-t |x - y|^2) over pairs of unit-length features: 0 for one point, lower is more even.
+
+    features: (N, D); of more than 8,192 rows the first are taken
+    source: Wang and Isola, arXiv 2005.10242, t 2
+    """
+    unit = F.normalize(features[:8192].double(), dim=1)
+    return float(torch.pdist(unit).square().mul(-UNIFORMITY_T).exp().mean().log())
+
+
+def prototype_logits(vectors: Tensor, head: Mapping[str, Tensor]) -> Tensor | None:
+    """(N, D) features -> (N, K) cosines with DINO's or SwAV's prototypes; None for a head without any."""
+    if "last_layer.weight_v" not in head and "prototypes.weight" not in head:
+        return None
+    is_dino = "last_layer.weight_v" in head
+    layers = {key.removeprefix("mlp."): value.to(vectors.device) for key, value in head.items() if "mlp." in key}
+    sizes = [vectors.shape[1], *(len(value) for key, value in layers.items() if value.ndim == 2)]
+    norm = any(key.endswith("running_mean") for key in layers)
+    mlp = heads.mlp(sizes, activation=torch.nn.GELU if is_dino else torch.nn.ReLU, norm=norm).to(vectors.device)
+    mlp.load_state_dict(layers)
+    prototypes = head["last_layer.weight_v" if is_dino else "prototypes.weight"].to(vectors.device)
+    return F.normalize(mlp.eval()(vectors), dim=1) @ F.normalize(prototypes, dim=1).T
+
+
+def prototype_use(logits: Tensor) -> dict[str, float]:
+    """How many prototypes are the nearest of some image, in percent of those that could be, and their perplexity.
+
+    logits: (N, K);  perplexity: exp of the entropy of the images' shares, from 1 (all meet one) to min(N, K)
+    """
+    counts = logits.argmax(1).bincount(minlength=logits.shape[1]).double()
+    shares = counts[counts > 0] / counts.sum()
+    return {
+        "prototypes_used": 100 * len(shares) / min(logits.shape),
+        "prototype_perplexity": float(torch.exp(-(shares * shares.log()).sum())),
+    }
 
 
 def rank_me(features: Tensor) -> float:

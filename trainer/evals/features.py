@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from trainer import distributed
 from trainer.data.loader import ViewLoader
 from trainer.data.photometric import to_float
-from trainer.data.views import CenterView
+from trainer.data.views import CenterView, View
+from trainer.recipe import Evaluation, Recipe
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,23 @@ class ImageReader:
 
     @torch.no_grad()
     def features(
-        self, networks: dict[str, nn.Module], beton: Path, subset: Sequence[int] | None = None
+        self,
+        networks: dict[str, nn.Module],
+        beton: Path,
+        subset: Sequence[int] | None = None,
+        *,
+        view: View | None = None,
+        seed: int = 0,
     ) -> dict[str, Features]:
-        """Each network's features in eval mode, read in one pass over the data; modes are put back afterwards."""
+        """Each network's features in eval mode, read in one pass over the data; modes are put back afterwards.
+
+        view: a random one, drawn from the seed, instead of the centre
+        """
         loader = ViewLoader(
-            beton,
-            [CenterView(size=self.size, resize=self.resize)],
-            batch_size=self.batch_size,
-            rank=distributed.rank(),
-            world=distributed.world(),
-            num_workers=self.num_workers,
-            subset=subset,
-            shuffle=False,
-            drop_last=False,
-        )
+            beton, [view or CenterView(size=self.size, resize=self.resize)], batch_size=self.batch_size, seed=seed,
+            rank=distributed.rank(), world=distributed.world(), num_workers=self.num_workers, subset=subset,
+            shuffle=False, drop_last=False,
+        )  # fmt: skip
         was_training = {name: network.training for name, network in networks.items()}
         rows: dict[str, list[Tensor]] = {name: [] for name in networks}
         labels, sample_ids = [], []
@@ -90,3 +94,17 @@ class ImageReader:
             name: Features(distributed.gather_rows(torch.cat(parts))[order], every_label[order])
             for name, parts in rows.items()
         }
+
+
+def reader_of(recipe: Recipe | Evaluation, device: torch.device) -> ImageReader:
+    """How the recipe's k-NN reads images."""
+    knn = recipe.evals.knn
+    return ImageReader(
+        size=knn.size,
+        resize=knn.resize,
+        batch_size=knn.batch_size,
+        num_workers=recipe.data.num_workers,
+        mean=recipe.views.mean,
+        std=recipe.views.std,
+        device=device,
+    )

@@ -1,5 +1,8 @@
 """Weighted k-nearest-neighbour accuracy: val images vote among train images, without any training."""
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,11 +10,13 @@ from torch.nn import functional as F
 from trainer import distributed
 from trainer.data.subset import read_subset
 from trainer.evals.collapse import feature_std, rank_me
-from trainer.evals.features import Features, ImageReader
+from trainer.evals.features import Features, ImageReader, reader_of
+from trainer.evals.labels import count_classes
+from trainer.evals.sources import Results, Source
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
 from trainer.protocols import KNN
-from trainer.recipe import Data, Evaluation, Recipe, RecipeError
+from trainer.recipe import Data, Recipe
 
 
 @torch.no_grad()
@@ -57,14 +62,10 @@ def labelled_features(
 
     raises: RecipeError if there are no val images, or images without a label
     """
-    if data.val is None:
-        raise RecipeError("evaluation needs labelled val images; give data.val=VAL.beton")
+    count_classes(data)
+    assert data.val is not None
     train = reader.features(networks, data.train, read_subset(data.train, data.subset))
-    val = reader.features(networks, data.val)
-    for path, features in ((data.train, train), (data.val, val)):
-        if any((feature.labels < 0).any() for feature in features.values()):
-            raise RecipeError(f"evaluation needs labels, and {path} has images without; convert class folders for it")
-    return train, val
+    return train, reader.features(networks, data.val)
 
 
 def evaluate(
@@ -82,18 +83,12 @@ def evaluate(
     }
 
 
-def reader_of(recipe: Recipe | Evaluation, device: torch.device) -> ImageReader:
-    """How the recipe's k-NN reads images."""
-    knn = recipe.evals.knn
-    return ImageReader(
-        size=knn.size,
-        resize=knn.resize,
-        batch_size=knn.batch_size,
-        num_workers=recipe.data.num_workers,
-        mean=recipe.views.mean,
-        std=recipe.views.std,
-        device=device,
-    )
+def run(source: Source) -> tuple[dict[str, Any], Results]:
+    """k-NN of every network of the source, and its settings."""
+    recipe = source.recipe
+    reader = reader_of(recipe, distributed.local_device())
+    settings = dataclasses.asdict(recipe.evals.knn)
+    return settings, evaluate(source.on(reader.device), recipe.data, recipe.evals.knn, reader)
 
 
 def evaluate_branches(

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.evals.knn import reader_of
+from trainer.evals.features import reader_of
 from trainer.methods.joint_embedding import Method
 from trainer.methods.probe import percent_right
 from trainer.recipe import Recipe

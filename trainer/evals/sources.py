@@ -1,21 +1,30 @@
 """What can be evaluated: a run of ours, a weights folder, a timm network; always beside what it must beat."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
+from data_prep.schema import read_manifest
 from trainer import weights
 from trainer.assemble import build_method
 from trainer.evals.features import Pixels
+from trainer.evals.resumable import Resumable
 from trainer.generators import seed_everything
 from trainer.models.backbones import Backbone, build_backbone, check_sizes
 from trainer.recipe import Evaluation, Recipe, RecipeError
 from trainer.recipe_file import load_evaluation, load_recipe
+
+REFERENCES = ("pixels", "untrained")
+"""What a trained network must beat."""
+Results = dict[str, dict[str, float]]
+"""network -> measure -> value."""
 
 
 @dataclass
@@ -29,6 +38,45 @@ class Source:
     networks: dict[str, nn.Module] = field(default_factory=lambda: {"pixels": Pixels()})
     origins: dict[str, str] = field(default_factory=lambda: {"pixels": "16 x 16 raw pixels"})
     """What identifies each network: the hash of its weights, or how it was made."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Where the weights of a network lie, and its projection head."""
+
+    def on(self, device: torch.device) -> dict[str, nn.Module]:
+        """The networks, moved to the device."""
+        return {name: network.to(device) for name, network in self.networks.items()}
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Leave these networks only.
+
+        raises: RecipeError if one is not there
+        """
+        if unknown := set(names) - set(self.networks):
+            raise RecipeError(f"--networks {sorted(unknown)}: wanted some of {list(self.networks)}")
+        self.networks = {name: self.networks[name] for name in names}
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What identifies the data."""
+        plain = self.recipe.plain()["data"]
+        return {name: _data_id(Path(plain[name])) for name in ("train", "val", "subset") if plain.get(name)}
+
+    def resumable(self, name: str, seed: int) -> Resumable:
+        """Where a training of the protocol on one of the networks lives until the report is written."""
+        plain = self.recipe.plain()
+        parts = [self.report.stem, plain["evals"], plain["views"], self.data(), self.origins[name], seed]
+        path = self.report.with_name(f".{self.report.stem}-{name}-{seed}.pt")
+        return Resumable(path, json.dumps(parts, sort_keys=True))
+
+    def forget_trainings(self) -> None:
+        """The report is written; nothing will be resumed."""
+        for path in self.report.parent.glob(f".{self.report.stem}-*.pt"):
+            path.unlink()
+
+
+def _data_id(path: Path) -> dict[str, Any]:
+    """The file's path and size, and its hash; a beton's is the one that its manifest states."""
+    manifest = read_manifest(path) if path.suffix == ".beton" else None
+    sha256 = manifest.beton_sha256 if manifest else None if path.suffix == ".beton" else weights.sha256(path)
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def open_source(source: Path, protocol: str, overrides: list[str]) -> Source:
@@ -122,4 +170,5 @@ def _add_untrained(source: Source, spec: Backbone) -> None:
 def _add_folders(source: Source, folders: list[Path]) -> Source:
     for folder in folders:
         _add(source, folder.name, weights.load_backbone(folder)[0], f"sha256:{weights.sha256(folder / weights.MODEL)}")
+        source.folders[folder.name] = folder
     return source

@@ -1,0 +1,107 @@
+"""A network with a classifier on it: what the linear probe, few labels, transfer and fine-tuning train."""
+
+from collections.abc import Mapping
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.models.backbones import num_features
+from trainer.models.heads import mlp
+from trainer.protocols import Classification
+from trainer.recipe import RecipeError
+
+VIT_BLOCKS = 4
+"""A ViT's linear probe sees the class tokens of so many last blocks. source: DINO, arXiv 2104.14294"""
+
+
+class ClassTokens(nn.Module):
+    """The class tokens of a ViT's last blocks, each through the final norm, side by side: (B, 4 D)."""
+
+    def __init__(self, network: VisionTransformer) -> None:
+        super().__init__()
+        self.network = network
+        self.num_features = VIT_BLOCKS * num_features(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 4 D)."""
+        blocks = self.network.get_intermediate_layers(images, n=VIT_BLOCKS, return_prefix_tokens=True, norm=True)
+        return torch.cat([prefix[:, 0] for _, prefix in blocks], dim=1)
+
+
+class Classifier(nn.Module):
+    """A network and a head on its features; the loss is its output, which is what an engine wraps."""
+
+    def __init__(self, network: nn.Module, head: nn.Module, *, trains_network: bool) -> None:
+        super().__init__()
+        self.network, self.head, self.trains_network = network, head, trains_network
+        network.requires_grad_(trains_network)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """A frozen network stays in eval mode."""
+        super().train(mode)
+        self.network.train(mode and self.trains_network)
+        return self
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, C)."""
+        with torch.set_grad_enabled(self.trains_network and torch.is_grad_enabled()):
+            features = self.network(images)
+        logits: Tensor = self.head(features)
+        return logits
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy."""
+        return F.cross_entropy(self.logits(images), labels)
+
+
+def build_classifier(
+    network: nn.Module, settings: Classification, num_classes: int, projection: Mapping[str, Tensor], *, seed: int
+) -> Classifier:
+    """The network with a fresh head, the same on every rank.
+
+    projection: the tensors of the run's projection head, for head: projection
+    raises: RecipeError if the head has nothing to start from
+    """
+    torch.manual_seed(seed)
+    if settings.trains == "head" and isinstance(network, VisionTransformer):
+        network = ClassTokens(network)
+    width = network.num_features if isinstance(network, ClassTokens) else num_features(network)
+    match settings.head:
+        case "projection":
+            head: nn.Module = _projection_head(width, num_classes, projection)
+        case "norm_linear":
+            head = nn.Sequential(nn.BatchNorm1d(width, affine=False), _linear(width, num_classes))
+        case "linear":
+            head = _linear(width, num_classes)
+    return Classifier(network, head, trains_network=settings.trains == "all")
+
+
+def _linear(width: int, num_classes: int) -> nn.Linear:
+    """source: SSLight classification/"""
+    layer = nn.Linear(width, num_classes)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _projection_head(width: int, num_classes: int, projection: Mapping[str, Tensor]) -> nn.Sequential:
+    """The hidden layers of the run's projection head, and a fresh linear layer on them.
+
+    source: SSLight semi-supervised fine-tuning of DINO, with two hidden layers; SwAV's and MoCo's heads have one
+    """
+    layers = {key.removeprefix("mlp."): value for key, value in projection.items() if key.startswith("mlp.")}
+    sizes = [len(value) for key, value in layers.items() if key.endswith("weight") and value.ndim == 2]
+    if not sizes or layers["0.weight"].shape[1] != width:
+        raise RecipeError(
+            f"head: projection starts from the projection head of a run on {width} features, and beside these weights "
+            "there is none (head.safetensors); set head=linear in the protocol's settings"
+        )
+    activation = nn.GELU if "last_layer.weight_v" in projection else nn.ReLU  # DINO's alone has prototypes inside
+    norm = any(key.endswith("running_mean") for key in layers)
+    head = mlp([width, *sizes[:-1], num_classes], activation=activation, norm=norm)
+    last = f"{len(head) - 1}."
+    kept = {key: value for key, value in layers.items() if not key.startswith(last)}
+    head.load_state_dict(head.state_dict() | kept)
+    return head

@@ -1,0 +1,136 @@
+"""COCO: images with boxes and masks, and average precision as pycocotools computes it."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from trainer.recipe import RecipeError
+
+MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+"""The first six numbers of pycocotools, in its order; in percent here."""
+
+
+class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """The images of an annotation file in COCO's format, in the order of their ids.
+
+    annotations: such as annotations/instances_val2017.json; the images lie in a folder beside it, here val2017
+    train: leave out crowds and images without objects, and flip every second time
+    raises: RecipeError if a file or folder is not there, or is not COCO's
+    """
+
+    def __init__(self, annotations: Path, *, train: bool, masks: bool) -> None:
+        self.annotations, self.train, self.masks = annotations, train, masks
+        self.folder = _images_of(annotations)
+        self.coco = _read(annotations)
+        self.categories: list[int] = sorted(self.coco.getCatIds())
+        self.numbers = {category: number for number, category in enumerate(self.categories, 1)}
+        self.ids = [i for i in sorted(self.coco.imgs) if not train or self._objects(i)]
+        if not self.ids:
+            raise RecipeError(f"{annotations}: holds no image{' with objects' if train else ''}; nothing to do")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(3, H, W) in [0, 1]; boxes (N, 4) as x0 y0 x1 y1, labels (N,) from 1, masks (N, H, W), image_id."""
+        image_id = self.ids[index]
+        with Image.open(self.folder / self.coco.imgs[image_id]["file_name"]) as file:
+            image = pil_to_tensor(file.convert("RGB")).float() / 255
+        objects = self._objects(image_id)
+        boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([self.numbers[each["category_id"]] for each in objects], dtype=torch.long)
+        target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(image_id)}
+        if self.masks and self.train:
+            target["masks"] = self._masks(objects, image.shape[1:])
+        return _flip(image, target) if self.train and torch.rand(()) < 0.5 else (image, target)
+
+    def _objects(self, image_id: int) -> list[dict[str, Any]]:
+        """The objects that a detector can learn from: no crowd, and a box with an area."""
+        every: list[dict[str, Any]] = self.coco.imgToAnns[image_id]
+        return [each for each in every if not each.get("iscrowd", 0) and min(each["bbox"][2:]) > 0]
+
+    def _masks(self, objects: list[dict[str, Any]], size: torch.Size) -> Tensor:
+        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
+        return torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.uint8)
+
+
+def _images_of(annotations: Path) -> Path:
+    """instances_NAME.json lies in annotations/, NAME/ beside that."""
+    if not annotations.is_file():
+        raise RecipeError(f"{annotations}: no such file; wanted COCO annotations, such as .../instances_val2017.json")
+    folder = annotations.parent.parent / annotations.stem.split("_", 1)[-1]
+    if not folder.is_dir():
+        raise RecipeError(f"{annotations}: its images were looked for in {folder}, which is no folder; put them there")
+    return folder
+
+
+def _read(annotations: Path) -> COCO:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how long it took
+            coco = COCO(str(annotations))
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, AssertionError) as error:
+        raise RecipeError(f"{annotations}: not in COCO's format: {error!r}") from None
+    if not coco.cats or not coco.imgs:
+        raise RecipeError(f"{annotations}: names no categories or no images; wanted COCO's instances file")
+    return coco
+
+
+def _flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
+    flipped = target | {"boxes": boxes}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), flipped
+
+
+def as_results(dataset: CocoImages, image_id: int, found: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """One image's detections as COCO's results format has them.
+
+    found: boxes (N, 4) as x0 y0 x1 y1, labels (N,) from 1, scores (N,), and masks (N, 1, H, W) where there are any
+    """
+    boxes = found["boxes"].clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    results = [
+        {"image_id": image_id, "category_id": dataset.categories[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    ]
+    for result, mask in zip(results, found.get("masks", ()), strict=False):
+        encoded = rle.encode(np.asfortranarray((mask[0] >= 0.5).cpu().numpy().astype(np.uint8)))
+        result["segmentation"] = encoded | {"counts": encoded["counts"].decode()}
+    return results
+
+
+def average_precision(dataset: CocoImages, results: list[dict[str, Any]], kinds: Iterable[str]) -> dict[str, float]:
+    """COCO's measures in percent, box_AP, mask_AP ... ; 0 where nothing was detected.
+
+    kinds: of "bbox" and "segm"
+    """
+    names = {"bbox": "box", "segm": "mask"}
+    if not results:
+        return {f"{names[kind]}_{measure}": 0.0 for kind in kinds for measure in MEASURES}
+    measures: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = dataset.coco.loadRes(results)
+        for kind in kinds:
+            evaluation = COCOeval(dataset.coco, found, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            stats = evaluation.stats[: len(MEASURES)]
+            measures |= {f"{names[kind]}_{name}": 100 * float(v) for name, v in zip(MEASURES, stats, strict=True)}
+    return measures

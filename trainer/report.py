@@ -1,0 +1,202 @@
+"""`trainer report`: the evaluations of many runs as one table, in Markdown, CSV and LaTeX, beside published figures."""
+
+import csv
+import json
+import logging
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.published_results import PUBLISHED, published_for
+from trainer.recipe_file import read_yaml
+from trainer.run_dir import write_text
+
+log = logging.getLogger(__name__)
+HEADLINES = ("top1", "box_AP", "mask_AP", "rank_me")
+"""Of a result's measures, the first of these is the one that a table shows."""
+REFERENCES = ("pixels", "untrained")
+
+
+class ReportError(ValueError):
+    """Results that cannot stand in one table."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One protocol on one run."""
+
+    path: Path
+    run: str
+    """What names the run's row; runs that differ by their seed alone share it."""
+    recipe: dict[str, Any]
+    seed: int
+    protocol: str
+    conditions: dict[str, Any]
+    """Everything that must be equal before two numbers may be compared."""
+    results: dict[str, dict[str, Any]]
+    """network -> measure -> value."""
+
+
+def report(sources: Sequence[Path], out: Path) -> None:
+    """Write out.md, out.csv and out.tex, and print the first.
+
+    raises: ReportError if there is nothing to report, or one protocol was run in different ways
+    """
+    evaluations = [each for source in sources for each in read(source)]
+    check_alike(evaluations)
+    rows = table(evaluations)
+    paths = [out.with_suffix(suffix) for suffix in (".md", ".csv", ".tex")]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(rows, evaluations)
+    write_text(paths[0], text)
+    with paths[1].open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(every_number(evaluations))
+    write_text(paths[2], latex(rows))
+    print(text)
+    log.info("written to %s", ", ".join(map(str, paths)))
+
+
+def read(source: Path) -> Iterator[Evaluation]:
+    """The newest result of each protocol in a run directory or beside weights.
+
+    raises: ReportError if there is none
+    """
+    newest: dict[str, Path] = {}
+    for path in sorted((source / "evals").glob("*.json")):  # steps are written with leading zeros
+        newest[json.loads(path.read_text(encoding="utf-8"))["protocol"]] = path
+    if not newest:
+        raise ReportError(f"{source}: no evals/*.json; run `trainer evaluate {source} --protocol ...` first")
+    recipe_path = source / "resolved.yaml"
+    recipe = read_yaml(recipe_path) if recipe_path.is_file() else {}
+    for path in newest.values():
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        yield Evaluation(
+            path=path,
+            run=source.name if not recipe else _row_name(source, recipe),
+            recipe=recipe,
+            seed=tree["seed"],
+            protocol=tree["protocol"],
+            conditions={"settings": tree["settings"], "data": {k: v["sha256"] for k, v in tree["data"].items()}},
+            results=tree["results"],
+        )
+
+
+def _row_name(source: Path, recipe: dict[str, Any]) -> str:
+    """The run's folder without its seed, so that seeds meet in one row."""
+    seed = recipe.get("seed", 0)
+    for ending in (f"-seed{seed}", f"_seed{seed}"):
+        if source.name.endswith(ending):
+            return source.name.removesuffix(ending)
+    return source.name
+
+
+def check_alike(evaluations: Sequence[Evaluation]) -> None:
+    """raises: ReportError that names the first setting in which two results of one protocol differ"""
+    first: dict[str, Evaluation] = {}
+    for each in evaluations:
+        other = first.setdefault(each.protocol, each)
+        if each.conditions != other.conditions:
+            raise ReportError(
+                f"{each.protocol} was not run alike, so its numbers do not go into one column: "
+                f"{_difference(other.conditions, each.conditions)} in {other.path} and {each.path}. Evaluate both with "
+                "the same settings and data, or report them apart"
+            )
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """The first key whose values differ, dotted."""
+    for key in a.keys() | b.keys():
+        mine, theirs = a.get(key), b.get(key)
+        if mine != theirs:
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                return f"{key}.{_difference(mine, theirs)}"
+            return f"{key} is {mine!r} and {theirs!r}"
+    return ""
+
+
+def headline(result: dict[str, Any]) -> float:
+    """The number that a table shows of a result."""
+    return float(next(result[name] for name in HEADLINES if name in result))
+
+
+def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    """Header and rows: a row a run and network, a column a protocol; mean ± standard deviation over seeds.
+
+    raises: ReportError if a row would mix different trainings
+    """
+    protocols = sorted({each.protocol for each in evaluations})
+    rows = [["run", "network", *protocols]]
+    for run in dict.fromkeys(each.run for each in evaluations):
+        mine = [each for each in evaluations if each.run == run]
+        _check_one_training(run, mine)
+        networks = dict.fromkeys(name for each in mine for name in each.results)
+        for network in sorted(networks, key=lambda name: name in REFERENCES):
+            rows.append([run, network, *(_cell(mine, network, protocol) for protocol in protocols)])
+    return rows
+
+
+def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
+    shaping = [{k: v for k, v in each.recipe.items() if k not in ("seed", "run", "evals")} for each in evaluations]
+    for each, shape in zip(evaluations, shaping, strict=True):
+        if shape != shaping[0]:
+            raise ReportError(
+                f"{run}: {_difference(shaping[0], shape)} in {evaluations[0].path} and {each.path}, which would share "
+                "a row; give the runs different names"
+            )
+
+
+def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str) -> str:
+    values = [headline(e.results[network]) for e in evaluations if e.protocol == protocol and network in e.results]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f} ({len(values)} seeds)" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def markdown(rows: Sequence[Sequence[str]], evaluations: Sequence[Evaluation]) -> str:
+    """The table, how each protocol was run, and what has been published for these methods and networks."""
+    lines = _markdown_table(rows)
+    lines += ["", "How they were measured:", ""]
+    for protocol, each in sorted({each.protocol: each for each in evaluations}.items()):
+        settings = ", ".join(f"{key} {value}" for key, value in each.conditions["settings"].items())
+        data = ", ".join(f"{name} {(sha or 'unknown')[:12]}" for name, sha in each.conditions["data"].items())
+        lines.append(f"- {protocol}: {settings}; data {data}")
+    kinds = dict.fromkeys(_kind(each) for each in evaluations)
+    if published := [row for kind in kinds if kind for row in published_for(*kind)]:
+        lines += ["", f"Published ({PUBLISHED}), a column of its own since data and schedules are others:", ""]
+        lines += _markdown_table([["method", "network", "views", "measure", "published"], *published])
+    return "\n".join(lines) + "\n"
+
+
+def _kind(evaluation: Evaluation) -> tuple[str, str] | None:
+    recipe = evaluation.recipe
+    return (recipe["method"]["name"], recipe["backbone"]["name"]) if recipe else None
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *body = rows
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
+
+
+def latex(rows: Sequence[Sequence[str]]) -> str:
+    """A tabular of the booktabs package."""
+    header, *body = [[cell.replace("_", r"\_").replace("±", r"$\pm$") for cell in row] for row in rows]
+    lines = [
+        rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
+        r"\toprule",
+        " & ".join(header) + r" \\",
+        r"\midrule",
+    ]
+    return "\n".join([*lines, *(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}", ""])
+
+
+def every_number(evaluations: Sequence[Evaluation]) -> Iterator[list[Any]]:
+    """Header and one row a measure."""
+    yield ["run", "seed", "protocol", "network", "measure", "value", "file"]
+    for each in evaluations:
+        for network, result in each.results.items():
+            for measure, value in result.items():
+                if isinstance(value, int | float):
+                    yield [each.run, each.seed, each.protocol, network, measure, value, each.path]
