@@ -4,11 +4,11 @@ python -m benchmarks.linear FOLDER WEIGHTS [--size 64] [--epochs 100] [--every 1
 
 FOLDER has train/CLASS/*.jpg and val/CLASS/*.jpg; WEIGHTS is a weights folder, such as runs/NAME/weights/student. Cached
 is what `trainer evaluate --protocol linear_cached` does: features once, logistic regression, its weight decay chosen on
-a held-out tenth of train. Plain is torchvision's ImageFolder and SGD with a cosine: every epoch decodes every image with
-Pillow, cuts its centre, runs the network and trains a linear layer. Its rate and weight decay, and whether a BatchNorm
-without weights stands before the layer, are the best on the same held-out tenth; that search runs on cached features and
-is not counted. Neither is the conversion, which is printed by itself. One JSON line a case: CPU seconds of all threads
-and processes, wall seconds, accuracy on val; of the plain loop also how many times as long it took.
+a held-out tenth of train. Plain is torchvision's ImageFolder and SGD with a cosine: every epoch decodes every image
+with Pillow, cuts its centre, runs the network and trains a linear layer. Its rate and weight decay, and whether a
+BatchNorm without weights stands before the layer, are the best on the same held-out tenth; that search runs on cached
+features and is not counted. Neither is the conversion, which is printed by itself. One JSON line a case: CPU seconds of
+all threads and processes, wall seconds, accuracy on val; of the plain loop also how many times as long it took.
 """
 
 import argparse
