@@ -37,7 +37,7 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     recipe = source.recipe
     results: Results = {}
     settings: Classification = getattr(recipe.evals, protocol)
-    if protocol == "linear" and isinstance(next(iter(source.networks.values())), VisionTransformer):
+    if protocol == "linear" and isinstance(source.networks["untrained"], VisionTransformer):
         settings = recipe.evals.linear_vit
     if protocol.startswith("semi") and recipe.data.subset is None:
         raise RecipeError(

@@ -81,9 +81,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return activated
 
     def _over_ranks(self, input: Tensor) -> Tensor:
-        ones = torch.ones(self.num_features, device=input.device)
-        weight, bias = (self.weight, self.bias) if self.affine else (ones, ones - 1)
-        output, mean, var, total = _NormaliseOverRanks.apply(input.float(), weight, bias, self.eps)
+        output, mean, var, total = _NormaliseOverRanks.apply(input.float(), self.weight, self.bias, self.eps)
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -104,8 +102,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     @classmethod
     def _like(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "SyncBatchNorm":
-        if norm.momentum is None or not norm.track_running_stats:
-            raise ValueError(f"sync_batchnorm needs BatchNorm with statistics and momentum, got {norm}")
+        if norm.momentum is None or not norm.affine or not norm.track_running_stats:
+            raise ValueError(f"sync_batchnorm needs BatchNorm with weights, statistics and momentum, got {norm}")
         synced = cls(
             norm.num_features,
             eps=norm.eps,
@@ -113,7 +111,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             drop=getattr(norm, "drop", nn.Identity()),
             act=getattr(norm, "act", nn.Identity()),
         )
-        synced.affine, synced.weight, synced.bias = norm.affine, norm.weight, norm.bias
+        synced.weight, synced.bias = norm.weight, norm.bias
         synced.running_mean, synced.running_var = norm.running_mean, norm.running_var
         synced.num_batches_tracked = norm.num_batches_tracked
         return synced.train(norm.training)
