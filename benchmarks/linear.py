@@ -32,6 +32,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from trainer import weights
+from trainer.data import multicrop  # noqa: F401  (imported late otherwise: 7 s of start-up that are no work of the probe)
 from trainer.evals.features import Features, ImageReader
 from trainer.evals.linear import held_out_tenth, linear_accuracy
 
