@@ -64,7 +64,7 @@ class CocoImages(Dataset[Sample]):
         labels = torch.tensor([self.numbers[each["category_id"]] for each in objects], dtype=torch.long)
         target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(image_id)}
         if self.masks and self.train:
-            target["masks"] = self._masks(objects, image.shape[1:])
+            target["masks"] = self.masks_of(image_id)
         return _mirror(image, target) if mirror else (image, target)
 
     def _pixels(self, described: dict[str, Any]) -> Tensor:
@@ -84,9 +84,12 @@ class CocoImages(Dataset[Sample]):
         every: list[dict[str, Any]] = self.coco.imgToAnns[image_id]
         return [each for each in every if not each.get("iscrowd", 0) and min(each["bbox"][2:]) > 0]
 
-    def _masks(self, objects: list[dict[str, Any]], size: torch.Size) -> Tensor:
-        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
-        return torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.uint8)
+    def masks_of(self, image_id: int) -> Tensor:
+        """(N, H, W) of 0 and 1, one an object, in the order of its boxes."""
+        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in self._objects(image_id)]
+        described = self.coco.imgs[image_id]
+        empty = torch.zeros((0, described["height"], described["width"]), dtype=torch.uint8)
+        return torch.stack(masks) if masks else empty
 
 
 def _images_of(annotations: Path) -> Path:
