@@ -1,12 +1,14 @@
 """DeepSpeed's configuration: what it would silently do otherwise is refused here, with what to do instead."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.spawn import run_ranks
 from trainer import distributed
 from trainer.engine import KNOWN_KEYS, DSConfigError, advice, build_engine, load_ds_config, saved_bytes
 from trainer.optim import Optim, build_optimizer, param_groups
@@ -134,6 +136,24 @@ def test_alone_no_gradient_is_summed_and_an_unused_weight_still_decays_as_on_man
     engine.step()
     assert torch.allclose(module.unused, torch.full((2, 2), 2.0 * (1 - 0.1 * 0.5)))
     assert bool((module.used < module.unused).all())
+
+
+def names_left_in_shared_memory() -> tuple[list[str], float]:
+    module, recipe = Halves(), optim(accumulation=1)
+    optimizer = build_optimizer(recipe, param_groups(module))
+    engine = build_engine(module, optimizer, load_ds_config(None, recipe, micro_batch=16))
+    optimizer.param_groups[0] |= {"lr": 0.1}
+    engine.backward(engine(torch.full((2, 2), 1.0 + distributed.rank())))
+    engine.step()
+    distributed.barrier()
+    buffers = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"
+    return [path.name for path in Path("/dev/shm").glob(buffers)], float(module.used.mean())
+
+
+def test_a_launch_leaves_nothing_in_shared_memory() -> None:
+    (left, first), (_, second) = run_ranks(names_left_in_shared_memory)
+    assert left == []
+    assert first == second != 2.0, "and the ranks still sum"
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])

@@ -71,7 +71,7 @@ class Classification:
     trains: Literal["head", "all"] = "head"
     """head: the network is frozen and in eval mode."""
     head: Literal["linear", "norm_linear", "projection"] = "linear"
-    """norm_linear: a BatchNorm without weights of its own before the layer; projection: the layers of the run's
+    """norm_linear: a BatchNorm before the layer; projection: the layers of the run's
     projection head but its last, and a linear one on them."""
     optimizer: Literal["lars", "sgd"] = "sgd"
     nesterov: bool = False

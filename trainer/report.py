@@ -14,8 +14,8 @@ from trainer.recipe_file import read_yaml
 from trainer.run_dir import write_text
 
 log = logging.getLogger(__name__)
-HEADLINES = ("top1", "box_AP", "mask_AP", "rank_me")
-"""Of a result's measures, the first of these is the one that a table shows."""
+HEADLINES = {"detection": "box_AP", "segmentation": "mask_AP", "collapse": "rank_me"}
+"""The measure of a protocol that a table shows; top1 for the others, or for each number of images a class."""
 REFERENCES = ("pixels", "untrained")
 
 
@@ -78,9 +78,14 @@ def read(source: Path) -> Iterator[Evaluation]:
             recipe=recipe,
             seed=tree["seed"],
             protocol=tree["protocol"],
-            conditions={"settings": tree["settings"], "data": {k: v["sha256"] for k, v in tree["data"].items()}},
+            conditions={"settings": tree["settings"], "data": {k: _content(v) for k, v in tree["data"].items()}},
             results=tree["results"],
         )
+
+
+def _content(data: dict[str, Any]) -> str:
+    """What tells one file's content from another's."""
+    return data["sha256"] or f"{data['path']} of {data['bytes']} bytes"
 
 
 def _row_name(source: Path, recipe: dict[str, Any]) -> str:
@@ -116,9 +121,12 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
     return ""
 
 
-def headline(result: dict[str, Any]) -> float:
-    """The number that a table shows of a result."""
-    return float(next(result[name] for name in HEADLINES if name in result))
+def headlines(evaluation: Evaluation) -> list[str]:
+    """The measures of an evaluation that a table shows."""
+    usual = HEADLINES.get(evaluation.protocol, "top1")
+    names = dict.fromkeys(name for result in evaluation.results.values() for name in result)
+    shots = [name for name in names if name.startswith("top1_") and not name.endswith("_std")]
+    return [usual] if usual in names else shots
 
 
 def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
@@ -126,14 +134,15 @@ def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
     raises: ReportError if a row would mix different trainings
     """
-    protocols = sorted({each.protocol for each in evaluations})
-    rows = [["run", "network", *protocols]]
+    columns = sorted({(each.protocol, measure) for each in evaluations for measure in headlines(each)})
+    titles = [protocol if measure == "top1" else f"{protocol} {measure}" for protocol, measure in columns]
+    rows = [["run", "network", *titles]]
     for run in dict.fromkeys(each.run for each in evaluations):
         mine = [each for each in evaluations if each.run == run]
         _check_one_training(run, mine)
         networks = dict.fromkeys(name for each in mine for name in each.results)
         for network in sorted(networks, key=lambda name: name in REFERENCES):
-            rows.append([run, network, *(_cell(mine, network, protocol) for protocol in protocols)])
+            rows.append([run, network, *(_cell(mine, network, *column) for column in columns)])
     return rows
 
 
@@ -147,12 +156,13 @@ def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
             )
 
 
-def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str) -> str:
-    values = [headline(e.results[network]) for e in evaluations if e.protocol == protocol and network in e.results]
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f} ({len(values)} seeds)" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, measure: str) -> str:
+    results = [each.results[network] for each in evaluations if each.protocol == protocol and network in each.results]
+    values = [result[measure] for result in results if measure in result]
+    if len(values) > 1:
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
+    spreads = [f" ± {result[f'{measure}_std']:.2f}" for result in results if f"{measure}_std" in result]
+    return f"{values[0]:.2f}{''.join(spreads)}" if values else ""
 
 
 def markdown(rows: Sequence[Sequence[str]], evaluations: Sequence[Evaluation]) -> str:
@@ -161,7 +171,7 @@ def markdown(rows: Sequence[Sequence[str]], evaluations: Sequence[Evaluation]) -
     lines += ["", "How they were measured:", ""]
     for protocol, each in sorted({each.protocol: each for each in evaluations}.items()):
         settings = ", ".join(f"{key} {value}" for key, value in each.conditions["settings"].items())
-        data = ", ".join(f"{name} {(sha or 'unknown')[:12]}" for name, sha in each.conditions["data"].items())
+        data = ", ".join(f"{name} {content[:12]}" for name, content in each.conditions["data"].items())
         lines.append(f"- {protocol}: {settings}; data {data}")
     kinds = dict.fromkeys(_kind(each) for each in evaluations)
     if published := [row for kind in kinds if kind for row in published_for(*kind)]:

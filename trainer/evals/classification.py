@@ -37,7 +37,7 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     recipe = source.recipe
     results: Results = {}
     settings: Classification = getattr(recipe.evals, protocol)
-    if protocol == "linear" and isinstance(source.networks["untrained"], VisionTransformer):
+    if protocol == "linear" and any(isinstance(each, VisionTransformer) for each in source.networks.values()):
         settings = recipe.evals.linear_vit
     if protocol.startswith("semi") and recipe.data.subset is None:
         raise RecipeError(

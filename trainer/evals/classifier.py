@@ -72,7 +72,7 @@ def build_classifier(
         case "projection":
             head: nn.Module = _projection_head(width, num_classes, projection)
         case "norm_linear":
-            head = nn.Sequential(nn.BatchNorm1d(width, affine=False), _linear(width, num_classes))
+            head = nn.Sequential(nn.BatchNorm1d(width), _linear(width, num_classes))
         case "linear":
             head = _linear(width, num_classes)
     return Classifier(network, head, trains_network=settings.trains == "all")

@@ -72,14 +72,16 @@ TITLES = {"top1": "top-1 %", "top5": "top-5 %", "rank_me": "RankMe", "feature_st
 def _print(protocol: str, source: Source, settings: dict[str, Any], results: Results) -> None:
     shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("every_epochs", "batch_size"))
     data = source.recipe.data
-    table = Table(title=f"{protocol} ({shown}); train {data.train}, val {data.val}")
+    console = Console(width=120, highlight=False)
+    console.print(f"{protocol}: {shown}; train {data.train}, val {data.val}")
+    table = Table()
     columns = [key for key in dict.fromkeys(key for values in results.values() for key in values) if key not in HIDDEN]
-    table.add_column("features")
+    table.add_column("network")
     for key in columns:
         table.add_column(TITLES.get(key, key), justify="right")
     for name, values in results.items():
         table.add_row(name, *(f"{values[key]:.2f}" if key in values else "" for key in columns))
-    Console(width=120).print(table)
+    console.print(table)
     for line in verdict(results):
         log.info("%s", line)
 

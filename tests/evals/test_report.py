@@ -1,0 +1,96 @@
+"""One table of many runs: seeds meet in a row, and numbers that are unlike never meet in a column."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.__main__ import main as trainer
+from trainer.report import ReportError, report
+
+RECIPE = {"method": {"name": "dino"}, "backbone": {"name": "resnet18"}}
+
+
+def run(
+    folder: Path, protocol: str, results: dict[str, dict[str, float]], *, seed: int = 0, k: int = 20, sha: str = "ab",
+    recipe: dict[str, Any] = RECIPE,
+) -> Path:  # fmt: skip
+    (folder / "evals").mkdir(parents=True, exist_ok=True)
+    (folder / "resolved.yaml").write_text(yaml.safe_dump({"seed": seed, **recipe}))
+    data = {"train": {"path": "train.beton", "bytes": 1, "sha256": sha}}
+    tree = {"protocol": protocol, "seed": seed, "settings": {"k": k}, "data": data, "results": results}
+    (folder / f"evals/{protocol}-0000100.json").write_text(json.dumps(tree))
+    return folder
+
+
+def top1(value: float) -> dict[str, dict[str, float]]:
+    return {"student": {"top1": value, "num_images": 10}}
+
+
+def test_seeds_of_one_training_share_a_row_with_their_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run(tmp_path / f"dino-seed{seed}", "knn", top1(40 + 2 * seed), seed=seed) for seed in range(3)]
+    report(runs, tmp_path / "out/table.md")
+    said = capsys.readouterr().out
+    assert "| dino | student | 42.00 ± 2.00 (3 seeds) |" in said
+    assert (tmp_path / "out/table.md").read_text() in said
+    numbers = list(csv.DictReader((tmp_path / "out/table.csv").read_text().splitlines()))
+    assert [row["value"] for row in numbers if row["measure"] == "top1"] == ["40", "42", "44"]
+    assert r"42.00 $\pm$ 2.00 (3 seeds) \\" in (tmp_path / "out/table.tex").read_text()
+
+
+def test_published_figures_stand_beside_and_not_in_a_column_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report([run(tmp_path / "a", "linear", top1(50))], tmp_path / "table.md")
+    ours, published = capsys.readouterr().out.split("Published")
+    assert "| a | student | 50.00 |" in ours
+    assert "65.7" not in ours
+    assert "| dino | resnet18 | SSLight | linear | 65.7 |" in published
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [({"k": 5}, "settings.k is 20 and 5"), ({"sha": "cd"}, "data.train is 'ab' and 'cd'")],
+    ids=["settings", "data"],
+)
+def test_one_protocol_run_in_two_ways_is_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    runs = [run(tmp_path / "a", "knn", top1(40)), run(tmp_path / "b", "knn", top1(41), **other)]
+    with pytest.raises(ReportError, match=said):
+        report(runs, tmp_path / "table.md")
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_different_trainings_are_not_averaged_as_seeds(tmp_path: Path) -> None:
+    longer = RECIPE | {"optim": {"epochs": 9}}
+    runs = [
+        run(tmp_path / "a-seed0", "knn", top1(40)),
+        run(tmp_path / "a-seed1", "knn", top1(41), seed=1, recipe=longer),
+    ]
+    with pytest.raises(ReportError, match="optim"):
+        report(runs, tmp_path / "table.md")
+
+
+def test_each_protocol_shows_the_measure_that_it_is_known_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", "segmentation", {"student": {"box_AP": 3.0, "mask_AP": 2.5}})
+    run(folder, "lowshot", {"student": {"top1_1": 10.0, "top1_1_std": 0.5, "top1_5": 20.0, "top1_5_std": 0.25}})
+    run(folder, "knn", {"untrained": {"top1": 1.0}, **top1(40)})
+    report([folder], tmp_path / "table.md")
+    said = capsys.readouterr().out
+    assert "| run | network | knn | lowshot top1_1 | lowshot top1_5 | segmentation mask_AP |" in said
+    assert "| a | student | 40.00 | 10.00 ± 0.50 | 20.00 ± 0.25 | 2.50 |" in said
+    assert "| a | untrained | 1.00 |  |  |  |" in said
+
+
+def test_a_folder_without_evaluations_is_refused_by_the_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("ERROR", logger="trainer"):
+        assert trainer(["report", str(tmp_path), "--out", str(tmp_path / "table.md")]) == 2
+    assert "run `trainer evaluate" in caplog.text
