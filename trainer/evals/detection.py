@@ -28,6 +28,8 @@ from trainer.protocols import Detection
 from trainer.recipe import RecipeError
 
 log = logging.getLogger(__name__)
+OF_THE_MACHINE = ("num_workers", "log_every_steps", "save_every_steps")
+"""Settings that change no number, so that reports with different ones may be compared."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
         )
         for name, network in source.networks.items()
     }  # fmt: skip
-    return dataclasses.asdict(settings), results
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key not in OF_THE_MACHINE}, results
 
 
 def detection_accuracy(
