@@ -118,12 +118,14 @@ def train(
         is not finite
     """
     share = _share(data, settings)
-    optimizer = torch.optim.SGD(_groups(objective, settings.weight_decay), lr=0.0, momentum=0.9)
+    optimizer = torch.optim.SGD(parameter_groups(objective, settings.weight_decay), lr=0.0, momentum=0.9)
     engine = build_engine(objective.train(), optimizer, plain_config(share))
     first, _ = kept.restore(objective, optimizer)
     batches = DataLoader(
         data,
-        batch_sampler=batches_of_rank(len(data), share, seed=seed, steps=range(first, settings.steps)),
+        batch_sampler=batches_of_rank(
+            len(data), share, distributed.rank(), distributed.world(), seed=seed, steps=range(first, settings.steps)
+        ),
         num_workers=settings.num_workers,
         collate_fn=_together,
     )
@@ -155,7 +157,7 @@ def _share(data: CocoImages, settings: Detection) -> int:
     return batch // world
 
 
-def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """detectron2's: everything decays but norms."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
     kept = [each for inner in module.modules() if isinstance(inner, norms) for each in inner.parameters()]
@@ -177,18 +179,20 @@ def _said(loss: Tensor, parts: dict[str, Tensor], step: int) -> str:
     return said
 
 
-def batches_of_rank(num_images: int, share: int, *, seed: int, steps: range) -> Iterator[list[tuple[int, bool]]]:
-    """This rank's images in each of the steps, and which are mirrored: functions of the seed and the epoch.
+def batches_of_rank(
+    num_images: int, share: int, rank: int, world: int, *, seed: int, steps: range
+) -> Iterator[list[tuple[int, bool]]]:
+    """A rank's images in each of the steps, and which are mirrored: functions of the seed and the epoch.
 
     share: images of a rank in a step; an epoch's last images, fewer than a batch, wait for another epoch
     """
-    batch = share * distributed.world()
+    batch = share * world
     steps_per_epoch = num_images // batch
     for step in steps:
         epoch, done = divmod(step, steps_per_epoch)
         if done == 0 or step == steps.start:
             order, mirrored = epoch_order(num_images, seed=seed, epoch=epoch), _mirrored(num_images, seed, epoch)
-        begin = done * batch + distributed.rank() * share
+        begin = done * batch + rank * share
         yield [(int(image), bool(mirrored[image])) for image in order[begin : begin + share]]
 
 
