@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from data_prep.clevr import LABELS
 from data_prep.pool import WorkerDiedError, num_cores
 
 FAULT, MISUSE = 1, 2
@@ -80,6 +81,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--subset", type=Path, metavar="LIST", help="text file with the names to take, one a line")
     command.add_argument("--allow-missing", action="store_true", help="take what is there of the LIST")
     command.add_argument("--unlabelled", action="store_true", help="take every image without a label")
+    command.add_argument("--labels", choices=LABELS, help="of a CLEVR folder: images/, and scenes/ beside it")
     command.add_argument("--max-size", type=int, help="longest side in pixels, longer images are shrunk (default: 500)")
     command.add_argument("--quality", type=int, default=90, help="of the JPEG encoder (default: %(default)s)")
     command.add_argument("--copy-jpeg", action="store_true", help="keep the bytes of files that are sound JPEGs")
@@ -147,8 +149,9 @@ def _convert_with(arguments: argparse.Namespace, scratch: Path) -> int:
     from data_prep.names import read_names
     from data_prep.sources import list_source, take_subset
 
-    listing = list_source(arguments.source, scratch=scratch, split=arguments.split, unlabelled=arguments.unlabelled)
-    options: dict[str, Any] = {"split": arguments.split, "unlabelled": arguments.unlabelled, "subset_sha256": None}
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("split", "unlabelled", "labels")}
+    listing = list_source(arguments.source, scratch=scratch, **options)
+    options["subset_sha256"] = None
     if arguments.subset is not None:
         names = read_names(arguments.subset)
         listing = take_subset(listing, names, list_name=arguments.subset.name, allow_missing=arguments.allow_missing)
@@ -173,6 +176,8 @@ def _convert_with(arguments: argparse.Namespace, scratch: Path) -> int:
 def _check_convert(arguments: argparse.Namespace) -> None:
     if arguments.copy_jpeg and arguments.max_size is not None:
         raise ValueError("--copy-jpeg keeps images as they are, --max-size shrinks them; give one of the two")
+    if arguments.labels and arguments.unlabelled:
+        raise ValueError(f"--labels {arguments.labels} gives labels, --unlabelled takes none; give one of the two")
     if not (2 <= arguments.page_size < 4096 and arguments.page_size & (arguments.page_size - 1) == 0):
         raise ValueError(f"--page-size must be a power of two from 2 to 2048 (FFCV), got {arguments.page_size}")
     _check_workers(arguments.workers)

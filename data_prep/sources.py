@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_prep.archives import ARCHIVE_SUFFIXES, list_archives
 from data_prep.binaries import list_binary, recognise
+from data_prep.clevr import list_clevr
 from data_prep.folders import FolderReader, folders, is_image, list_folder, split_folder
 from data_prep.listing import (
     UNLABELLED,
@@ -24,18 +25,27 @@ LIST_SUFFIXES = (".txt", ".tsv", ".lst", ".list")
 
 
 def list_source(
-    source: Path, *, scratch: Path | None = None, split: str | None = None, unlabelled: bool = False
+    source: Path,
+    *,
+    scratch: Path | None = None,
+    split: str | None = None,
+    unlabelled: bool = False,
+    labels: str | None = None,
 ) -> Listing:
     """List a source of any kind.
 
     That is a folder of class folders or of images, tar archives or WebDataset shards, parquet files of the Hugging Face
     hub, the binary files of CIFAR-10, CIFAR-100 and STL-10, or a text file that names images.
     scratch: folder to make for the contents of compressed archives, needed until the images are read; None refuses such
+    labels: clevr_count or clevr_dist, for a folder of CLEVR; otherwise the kind of source says what the labels are
     raises: SourceError where it is missing, empty or ambiguous
     """
     if not source.exists():
         raise SourceError(f"{source}: no such folder or file; give the folder that holds the images or their classes")
-    listing = _list(source, source.resolve().name, scratch, split, unlabelled)
+    name = source.resolve().name
+    if labels is not None:
+        return list_clevr(source, labels, name=name, split=split)
+    listing = _list(source, name, scratch, split, unlabelled)
     if not unlabelled or listing.classes is None:
         return listing
     return Listing(

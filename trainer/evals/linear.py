@@ -53,8 +53,7 @@ def linear_accuracy(train: Features, val: Features) -> dict[str, float]:
     num_classes = int(max(train.labels.max(), val.labels.max())) + 1
     std, mean = torch.std_mean(train.vectors, dim=0)
     vectors, queries = ((features.vectors - mean) / std.clamp_min(1e-6) for features in (train, val))
-    shuffled = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0)).to(vectors.device)
-    held_out, rest = shuffled[::HELD_OUT], shuffled[torch.arange(len(shuffled)) % HELD_OUT > 0]
+    held_out, rest = (rows.to(vectors.device) for rows in held_out_tenth(len(vectors)))
 
     def held_out_accuracy(weight_decay: float) -> float:
         fitted = fit_logistic(vectors[rest], train.labels[rest], num_classes=num_classes, weight_decay=weight_decay)
@@ -64,6 +63,12 @@ def linear_accuracy(train: Features, val: Features) -> dict[str, float]:
     weight, bias = fit_logistic(vectors, train.labels, num_classes=num_classes, weight_decay=chosen)
     top1, top5 = percent_right(queries, val.labels, weight, bias)
     return {"top1": top1, "top5": top5, "num_images": len(val.labels), "weight_decay": chosen}
+
+
+def held_out_tenth(num_images: int) -> tuple[Tensor, Tensor]:
+    """Rows of the train images that choose, and of those that are trained on meanwhile; always the same."""
+    shuffled = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    return shuffled[::HELD_OUT], shuffled[torch.arange(num_images) % HELD_OUT > 0]
 
 
 def run(source: Source) -> tuple[dict[str, Any], Results]:
