@@ -33,6 +33,8 @@ class Evaluation:
     recipe: dict[str, Any]
     seed: int
     protocol: str
+    data: str
+    """The data set's name; results on others stand in other columns."""
     conditions: dict[str, Any]
     """Everything that must be equal before two numbers may be compared."""
     results: dict[str, dict[str, Any]]
@@ -59,13 +61,14 @@ def report(sources: Sequence[Path], out: Path) -> None:
 
 
 def read(source: Path) -> Iterator[Evaluation]:
-    """The newest result of each protocol in a run directory or beside weights.
+    """The newest result of each protocol on each data set, in a run directory or beside weights.
 
     raises: ReportError if there is none
     """
-    newest: dict[str, Path] = {}
+    newest: dict[tuple[str, str], Path] = {}
     for path in sorted((source / "evals").glob("*.json")):  # steps are written with leading zeros
-        newest[json.loads(path.read_text(encoding="utf-8"))["protocol"]] = path
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        newest[tree["protocol"], tree["data"]["train"]["path"]] = path
     if not newest:
         raise ReportError(f"{source}: no evals/*.json; run `trainer evaluate {source} --protocol ...` first")
     recipe_path = source / "resolved.yaml"
@@ -78,6 +81,7 @@ def read(source: Path) -> Iterator[Evaluation]:
             recipe=recipe,
             seed=tree["seed"],
             protocol=tree["protocol"],
+            data=Path(tree["data"]["train"]["path"]).stem,
             conditions={"settings": tree["settings"], "data": {k: _content(v) for k, v in tree["data"].items()}},
             results=tree["results"],
         )
@@ -99,9 +103,9 @@ def _row_name(source: Path, recipe: dict[str, Any]) -> str:
 
 def check_alike(evaluations: Sequence[Evaluation]) -> None:
     """raises: ReportError that names the first setting in which two results of one protocol differ"""
-    first: dict[str, Evaluation] = {}
+    first: dict[tuple[str, str], Evaluation] = {}
     for each in evaluations:
-        other = first.setdefault(each.protocol, each)
+        other = first.setdefault((each.protocol, each.data), each)
         if each.conditions != other.conditions:
             raise ReportError(
                 f"{each.protocol} was not run alike, so its numbers do not go into one column: "
@@ -134,9 +138,8 @@ def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
     raises: ReportError if a row would mix different trainings
     """
-    columns = sorted({(each.protocol, measure) for each in evaluations for measure in headlines(each)})
-    titles = [protocol if measure == "top1" else f"{protocol} {measure}" for protocol, measure in columns]
-    rows = [["run", "network", *titles]]
+    columns = sorted({(each.protocol, each.data, measure) for each in evaluations for measure in headlines(each)})
+    rows = [["run", "network", *(_title(column, columns) for column in columns)]]
     for run in dict.fromkeys(each.run for each in evaluations):
         mine = [each for each in evaluations if each.run == run]
         _check_one_training(run, mine)
@@ -144,6 +147,13 @@ def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
         for network in sorted(networks, key=lambda name: name in REFERENCES):
             rows.append([run, network, *(_cell(mine, network, *column) for column in columns)])
     return rows
+
+
+def _title(column: tuple[str, str, str], columns: Sequence[tuple[str, str, str]]) -> str:
+    """The protocol, and of data set and measure what it takes to tell columns apart."""
+    protocol, data, measure = column
+    shared = len({other[1] for other in columns if other[0] == protocol}) == 1
+    return " ".join([protocol, *([] if shared else [data]), *([] if measure == "top1" else [measure])])
 
 
 def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
@@ -156,8 +166,9 @@ def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
             )
 
 
-def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, measure: str) -> str:
-    results = [each.results[network] for each in evaluations if each.protocol == protocol and network in each.results]
+def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, data: str, measure: str) -> str:
+    alike = [each for each in evaluations if (each.protocol, each.data) == (protocol, data)]
+    results = [each.results[network] for each in alike if network in each.results]
     values = [result[measure] for result in results if measure in result]
     if len(values) > 1:
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
@@ -169,10 +180,10 @@ def markdown(rows: Sequence[Sequence[str]], evaluations: Sequence[Evaluation]) -
     """The table, how each protocol was run, and what has been published for these methods and networks."""
     lines = _markdown_table(rows)
     lines += ["", "How they were measured:", ""]
-    for protocol, each in sorted({each.protocol: each for each in evaluations}.items()):
+    for (protocol, name), each in sorted({(each.protocol, each.data): each for each in evaluations}.items()):
         settings = ", ".join(f"{key} {value}" for key, value in each.conditions["settings"].items())
         data = ", ".join(f"{name} {content[:12]}" for name, content in each.conditions["data"].items())
-        lines.append(f"- {protocol}: {settings}; data {data}")
+        lines.append(f"- {protocol} on {name}: {settings}; data {data}")
     kinds = dict.fromkeys(_kind(each) for each in evaluations)
     if published := [row for kind in kinds if kind for row in published_for(*kind)]:
         lines += ["", f"Published ({PUBLISHED}), a column of its own since data and schedules are others:", ""]
@@ -204,9 +215,9 @@ def latex(rows: Sequence[Sequence[str]]) -> str:
 
 def every_number(evaluations: Sequence[Evaluation]) -> Iterator[list[Any]]:
     """Header and one row a measure."""
-    yield ["run", "seed", "protocol", "network", "measure", "value", "file"]
+    yield ["run", "seed", "protocol", "data", "network", "measure", "value", "file"]
     for each in evaluations:
         for network, result in each.results.items():
             for measure, value in result.items():
                 if isinstance(value, int | float):
-                    yield [each.run, each.seed, each.protocol, network, measure, value, each.path]
+                    yield [each.run, each.seed, each.protocol, each.data, network, measure, value, each.path]

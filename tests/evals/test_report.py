@@ -16,13 +16,13 @@ RECIPE = {"method": {"name": "dino"}, "backbone": {"name": "resnet18"}}
 
 def run(
     folder: Path, protocol: str, results: dict[str, dict[str, float]], *, seed: int = 0, k: int = 20, sha: str = "ab",
-    recipe: dict[str, Any] = RECIPE,
+    recipe: dict[str, Any] = RECIPE, on: str = "train",
 ) -> Path:  # fmt: skip
     (folder / "evals").mkdir(parents=True, exist_ok=True)
     (folder / "resolved.yaml").write_text(yaml.safe_dump({"seed": seed, **recipe}))
-    data = {"train": {"path": "train.beton", "bytes": 1, "sha256": sha}}
+    data = {"train": {"path": f"{on}.beton", "bytes": 1, "sha256": sha}}
     tree = {"protocol": protocol, "seed": seed, "settings": {"k": k}, "data": data, "results": results}
-    (folder / f"evals/{protocol}-0000100.json").write_text(json.dumps(tree))
+    (folder / f"evals/{protocol}-{on}-0000100.json").write_text(json.dumps(tree))
     return folder
 
 
@@ -86,6 +86,15 @@ def test_each_protocol_shows_the_measure_that_it_is_known_by(
     assert "| run | network | knn | lowshot top1_1 | lowshot top1_5 | segmentation mask_AP |" in said
     assert "| a | student | 40.00 | 10.00 ± 0.50 | 20.00 ± 0.25 | 2.50 |" in said
     assert "| a | untrained | 1.00 |  |  |  |" in said
+
+
+def test_results_on_two_data_sets_stand_in_two_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(tmp_path / "a", "transfer", top1(40), on="caltech")
+    run(folder, "transfer", top1(60), on="scenes", sha="cd")
+    report([folder], tmp_path / "table.md")
+    said = capsys.readouterr().out
+    assert "| run | network | transfer caltech | transfer scenes |" in said
+    assert "| a | student | 40.00 | 60.00 |" in said
 
 
 def test_a_folder_without_evaluations_is_refused_by_the_command(

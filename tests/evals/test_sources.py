@@ -35,7 +35,8 @@ def test_weights_are_evaluated_beside_pixels_and_the_untrained_network(
 ) -> None:
     folder = save(tmp_path / "out", "student", "teacher") / named
     assert trainer(["evaluate", str(folder), "--protocol", "knn", *data(synthetic)]) == 0
-    report = json.loads((folder / "evals/knn.json").read_text())
+    (path,) = (folder / "evals").glob("knn*.json")
+    report = json.loads(path.read_text())
     assert list(report["results"]) == ["pixels", "untrained", "student", *([] if named else ["teacher"])]
     assert report["settings"]["k"] == 3
     assert report["step"] is None
@@ -94,3 +95,12 @@ def test_what_is_neither_run_nor_weights_nor_network_is_refused(tmp_path: Path) 
 def test_a_network_without_weights_at_timm_is_refused() -> None:
     with pytest.raises(RecipeError, match="timm has no weights for it"):
         open_source(Path("vit_giant_patch14_224"), "knn", ["data.train=a"])
+
+
+def test_results_on_one_data_set_do_not_replace_those_on_another(synthetic: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "out", "student")
+    for train in ("train", "val"):
+        images = [f"data.train={synthetic / train}.beton", *data(synthetic)[1:]]
+        assert trainer(["evaluate", str(folder), "--protocol", "knn", *images]) == 0
+    reports = [json.loads(path.read_text()) for path in sorted((folder / "evals").glob("knn-*.json"))]
+    assert [Path(each["data"]["train"]["path"]).name for each in reports] == ["train.beton", "val.beton"]

@@ -1,6 +1,7 @@
 """What can be evaluated: a run of ours, a weights folder, a timm network; always beside what it must beat."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from trainer.evals.resumable import Resumable
 from trainer.generators import seed_everything
 from trainer.models.backbones import Backbone, build_backbone, check_sizes
 from trainer.recipe import Evaluation, Recipe, RecipeError
-from trainer.recipe_file import load_evaluation, load_recipe
+from trainer.recipe_file import load_evaluation, load_recipe, read_yaml
 
 REFERENCES = ("pixels", "untrained")
 """What a trained network must beat."""
@@ -79,6 +80,11 @@ def _data_id(path: Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256}
 
 
+def _tag(data: Path) -> str:
+    """A name for a data set that two of them never share, so that results on one do not replace those on another."""
+    return f"{data.stem}-{hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:6]}"
+
+
 def open_source(source: Path, protocol: str, overrides: list[str]) -> Source:
     """Whatever the user named, with the untrained network of the same architecture and raw pixels beside it.
 
@@ -111,7 +117,9 @@ def _open_run(run_dir: Path, protocol: str, overrides: list[str]) -> Source:
         raise RecipeError(f"{run_dir}: no weights yet; the run has not reached its first checkpoint")
     latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     step = int(latest.removeprefix("step_"))
-    source = Source(recipe, run_dir / "evals" / f"{protocol}-{step:07d}.json", step)
+    own = read_yaml(run_dir / "resolved.yaml")["data"]["train"]
+    task = protocol if str(recipe.data.train) == own else f"{protocol}-{_tag(recipe.data.train)}"
+    source = Source(recipe, run_dir / "evals" / f"{task}-{step:07d}.json", step)
     _add(source, "untrained", build_method(recipe).student.backbone, _untrained(recipe.seed))
     return _add_folders(source, folders)
 
@@ -123,7 +131,7 @@ def _open_weights(path: Path, folders: list[Path], protocol: str, overrides: lis
         raise RecipeError(f"{path}: holds {[config['architecture'] for config in configs]}; name one folder of it")
     usual = configs[0].get("pretrained_cfg", {})
     settings = load_evaluation(path, *_normalisation(usual), overrides)
-    source = Source(settings, path / "evals" / f"{protocol}.json", None)
+    source = Source(settings, path / "evals" / f"{protocol}-{_tag(settings.data.train)}.json", None)
     spec = dataclasses.replace(weights.spec_of(configs[0]), init="reference")
     _add_untrained(source, spec)
     return _add_folders(source, folders)
@@ -135,7 +143,7 @@ def _open_timm(name: str, protocol: str, overrides: list[str]) -> Source:
     if usual is None or not usual.has_weights:
         raise RecipeError(f"{name}: timm has no weights for it; name another network, or a weights folder")
     settings = load_evaluation(Path(name), usual.mean, usual.std, overrides)
-    source = Source(settings, Path("evals") / f"{protocol}-{name}.json", None)
+    source = Source(settings, Path("evals") / f"{protocol}-{name}-{_tag(settings.data.train)}.json", None)
     _add_untrained(source, Backbone(name=name, pos_embed="timm"))
     try:
         network: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
