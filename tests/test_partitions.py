@@ -1,5 +1,6 @@
 """Parameters in pieces: LARS and clipping by whole parameters, skipped steps, and tables that do not fit."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +85,9 @@ def train_plainly(name: str, clip: float) -> dict[str, Tensor]:
 def engine_of(name: str, clip: float, stage: int, folder: Path) -> Any:
     module, recipe = small(), optim(name, clip)
     path = folder / f"{stage}-{distributed.rank()}.json"
-    path.write_text(
-        f'{{"zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0, "sub_group_size": 200}}}}'
-    )
+    tiny = {"reduce_bucket_size": 100, "allgather_bucket_size": 100}  # below one weight's size, as prototypes may be
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 200, **tiny}
+    path.write_text(json.dumps({"zero_optimization": zero}))
     optimizer = build_optimizer(recipe, param_groups(module, [module.frozen]))
     return build_engine(module, optimizer, load_ds_config(path, recipe, micro_batch=2))
 

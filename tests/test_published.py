@@ -1,6 +1,7 @@
 """Checkpoints of the published code: every tensor checked when read, written so that its own loaders read them."""
 
 import copy
+import json
 import os
 import sys
 import zipfile
@@ -321,3 +322,16 @@ def test_weights_are_never_written_over_others(tmp_path: Path) -> None:
     (tmp_path / "out/student").mkdir(parents=True)
     with pytest.raises(WeightsError, match="wanted a new or empty folder"):
         import_weights(tmp_path / "a.pth.tar", tmp_path / "out")
+
+
+def test_a_published_file_is_evaluated_as_the_folder_that_it_is_imported_into_once(
+    tmp_path: Path, synthetic: Path, config_class: type
+) -> None:
+    torch.manual_seed(0)
+    save(tmp_path / "moco.pth.tar", moco_resnet(), config_class())
+    images = [f"data.{split}={synthetic / split}.beton" for split in ("train", "val")]
+    command = ["evaluate", str(tmp_path / "moco.pth.tar"), "--protocol", "knn", *images]
+    for _ in range(2):
+        assert trainer([*command, "evals.knn.size=32", "evals.knn.resize=32", "evals.knn.k=3"]) == 0
+    results = json.loads((tmp_path / "moco.weights/evals/knn.json").read_text())["results"]
+    assert list(results) == ["pixels", "untrained", "student", "teacher"]

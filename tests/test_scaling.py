@@ -109,6 +109,7 @@ def test_nodes_double_up_to_the_last() -> None:
 CASES: dict[str, tuple[tuple[str, ...], Path]] = {
     "moco-zero0": (TINY_MOCO, CONFIGS / "zero0.json"),
     "moco-zero1": (TINY_MOCO, CONFIGS / "zero1.json"),
+    "moco-zero2": (TINY_MOCO, CONFIGS / "zero2.json"),
     "moco-accumulated": ((*TINY_MOCO, "optim.accumulation=2"), CONFIGS / "zero1.json"),
     "dino-probe": ((*TINY, DINO, "probe=true"), CONFIGS / "zero0.json"),
     "swav": ((*TINY, *SWAV), CONFIGS / "zero0.json"),

@@ -206,12 +206,17 @@ class Detection:
     test_size: int = 800
     max_size: int = 1333
     """Of the longer side."""
+    regions: int = 512
+    """Proposals of an image that its boxes' head trains on, a quarter of them on objects."""
     num_workers: int = 4
     """Processes a rank that read images; 0 for none."""
     log_every_steps: int = 50
+    save_every_steps: int = 1000
+    """Where a training that was stopped goes on."""
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, global_batch=1, warmup_steps=0, test_size=32, max_size=32, log_every_steps=1)
+        at_least(self, steps=1, global_batch=1, base_lr=0, warmup_steps=0, weight_decay=0, test_size=32, max_size=32)
+        at_least(self, regions=4, num_workers=0, log_every_steps=1, save_every_steps=1)
         if not self.train_sizes or min(self.train_sizes) < 32:
             raise ValueError(f"train_sizes must name sizes of 32 pixels or more, got {self.train_sizes}")
 

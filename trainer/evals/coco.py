@@ -21,13 +21,18 @@ from trainer.recipe import RecipeError
 
 MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 """The first six numbers of pycocotools, in its order; in percent here."""
+NAMES = {"bbox": "box", "segm": "mask"}
+"""What our measures are called, by what pycocotools calls them."""
 
 
-class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+Sample = tuple[Tensor, dict[str, Tensor]]
+
+
+class CocoImages(Dataset[Sample]):
     """The images of an annotation file in COCO's format, in the order of their ids.
 
     annotations: such as annotations/instances_val2017.json; the images lie in a folder beside it, here val2017
-    train: leave out crowds and images without objects, and flip every second time
+    train: leave out images without objects, and read masks
     raises: RecipeError if a file or folder is not there, or is not COCO's
     """
 
@@ -44,34 +49,54 @@ class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(3, H, W) in [0, 1]; boxes (N, 4) as x0 y0 x1 y1, labels (N,) from 1, masks (N, H, W), image_id."""
+    def __getitem__(self, which: tuple[int, bool]) -> Sample:
+        """An image and its objects; crowds are none.
+
+        which: its index, and whether to mirror it
+        returns: (3, H, W) in [0, 1]; boxes (N, 4) as x0 y0 x1 y1, labels (N,) from 1, masks (N, H, W), image_id
+        """
+        index, mirror = which
         image_id = self.ids[index]
-        with Image.open(self.folder / self.coco.imgs[image_id]["file_name"]) as file:
-            image = pil_to_tensor(file.convert("RGB")).float() / 255
+        image = self._pixels(self.coco.imgs[image_id])
         objects = self._objects(image_id)
         boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([self.numbers[each["category_id"]] for each in objects], dtype=torch.long)
         target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(image_id)}
         if self.masks and self.train:
-            target["masks"] = self._masks(objects, image.shape[1:])
-        return _flip(image, target) if self.train and torch.rand(()) < 0.5 else (image, target)
+            target["masks"] = self.masks_of(image_id)
+        return _mirror(image, target) if mirror else (image, target)
+
+    def _pixels(self, described: dict[str, Any]) -> Tensor:
+        path = self.folder / described["file_name"]
+        try:
+            with Image.open(path) as file:
+                image: Tensor = pil_to_tensor(file.convert("RGB")).float() / 255
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error}; {self.annotations} names it") from error
+        if image.shape[1:] != (described["height"], described["width"]):
+            wanted, came = (described["width"], described["height"]), (image.shape[2], image.shape[1])
+            raise RecipeError(f"{path}: {came} pixels, and {self.annotations} says {wanted}; its boxes would not fit")
+        return image
 
     def _objects(self, image_id: int) -> list[dict[str, Any]]:
         """The objects that a detector can learn from: no crowd, and a box with an area."""
         every: list[dict[str, Any]] = self.coco.imgToAnns[image_id]
         return [each for each in every if not each.get("iscrowd", 0) and min(each["bbox"][2:]) > 0]
 
-    def _masks(self, objects: list[dict[str, Any]], size: torch.Size) -> Tensor:
-        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
-        return torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.uint8)
+    def masks_of(self, image_id: int) -> Tensor:
+        """(N, H, W) of 0 and 1, one an object, in the order of its boxes."""
+        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in self._objects(image_id)]
+        described = self.coco.imgs[image_id]
+        empty = torch.zeros((0, described["height"], described["width"]), dtype=torch.uint8)
+        return torch.stack(masks) if masks else empty
 
 
 def _images_of(annotations: Path) -> Path:
     """instances_NAME.json lies in annotations/, NAME/ beside that."""
-    if not annotations.is_file():
-        raise RecipeError(f"{annotations}: no such file; wanted COCO annotations, such as .../instances_val2017.json")
+    if not annotations.is_file() or annotations.suffix != ".json":
+        came = "no such file" if annotations.suffix == ".json" else "not COCO annotations"
+        raise RecipeError(f"{annotations}: {came}; give data.train and data.val such as .../instances_val2017.json")
     folder = annotations.parent.parent / annotations.stem.split("_", 1)[-1]
     if not folder.is_dir():
         raise RecipeError(f"{annotations}: its images were looked for in {folder}, which is no folder; put them there")
@@ -89,7 +114,7 @@ def _read(annotations: Path) -> COCO:
     return coco
 
 
-def _flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def _mirror(image: Tensor, target: dict[str, Tensor]) -> Sample:
     boxes = target["boxes"].clone()
     boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
     flipped = target | {"boxes": boxes}
@@ -116,21 +141,29 @@ def as_results(dataset: CocoImages, image_id: int, found: dict[str, Tensor]) -> 
 
 
 def average_precision(dataset: CocoImages, results: list[dict[str, Any]], kinds: Iterable[str]) -> dict[str, float]:
-    """COCO's measures in percent, box_AP, mask_AP ... ; 0 where nothing was detected.
+    """COCO's measures in percent, box_AP, mask_AP ...; without those that have no object to be measured on.
 
     kinds: of "bbox" and "segm"
     """
-    names = {"bbox": "box", "segm": "mask"}
-    if not results:
-        return {f"{names[kind]}_{measure}": 0.0 for kind in kinds for measure in MEASURES}
     measures: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        found = dataset.coco.loadRes(results)
         for kind in kinds:
-            evaluation = COCOeval(dataset.coco, found, kind)
+            evaluation = COCOeval(dataset.coco, _found(dataset.coco, results, kind), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            stats = evaluation.stats[: len(MEASURES)]
-            measures |= {f"{names[kind]}_{name}": 100 * float(v) for name, v in zip(MEASURES, stats, strict=True)}
+            stats = zip(MEASURES, evaluation.stats, strict=False)
+            measures |= {f"{NAMES[kind]}_{name}": 100 * float(value) for name, value in stats if value >= 0}
     return measures
+
+
+def _found(truth: COCO, results: list[dict[str, Any]], kind: str) -> COCO:
+    """The results as pycocotools wants them."""
+    if results:
+        # beside a box, it would take the box's area for the mask's, and small objects for others
+        without = "segmentation" if kind == "bbox" else "bbox"
+        return truth.loadRes([{key: each[key] for key in each if key != without} for each in results])
+    nothing = COCO()
+    nothing.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": []}
+    nothing.createIndex()
+    return nothing

@@ -65,7 +65,8 @@ def _report(source: Source, protocol: str, settings: dict[str, Any], results: Re
     }
 
 
-HIDDEN = ("num_images", "weight_decay")
+HIDDEN = ("num_images", "weight_decay", "_small", "_medium", "_large")
+"""Measures, or how they end, that stand in the report only."""
 TITLES = {"top1": "top-1 %", "top5": "top-5 %", "rank_me": "RankMe", "feature_std": "std x sqrt(D)"}
 
 
@@ -75,10 +76,11 @@ def _print(protocol: str, source: Source, settings: dict[str, Any], results: Res
     console = Console(width=120, highlight=False)
     console.print(f"{protocol}: {shown}; train {data.train}, val {data.val}")
     table = Table()
-    columns = [key for key in dict.fromkeys(key for values in results.values() for key in values) if key not in HIDDEN]
+    every = dict.fromkeys(key for values in results.values() for key in values)
+    columns = [key for key in every if not key.endswith(HIDDEN)]
     table.add_column("network")
     for key in columns:
-        table.add_column(TITLES.get(key, key), justify="right")
+        table.add_column(TITLES.get(key, key.replace("_", " ")), justify="right")
     for name, values in results.items():
         table.add_row(name, *(f"{values[key]:.2f}" if key in values else "" for key in columns))
     console.print(table)

@@ -8,22 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trainer import distributed
 from trainer.data.order import epoch_order
 from trainer.engine import build_engine, plain_config
-from trainer.evals.coco import CocoImages, as_results, average_precision
+from trainer.evals.coco import CocoImages, Sample, as_results, average_precision
 from trainer.evals.resumable import Resumable, eta
 from trainer.evals.sources import Results, Source
+from trainer.generators import seed_everything
+from trainer.guards import TrainingError
 from trainer.models.backbones import synchronise_batchnorm
 from trainer.models.detectors import DetectionObjective, build_detector
 from trainer.protocols import Detection
 from trainer.recipe import RecipeError
 
 log = logging.getLogger(__name__)
+OF_THE_MACHINE = ("num_workers", "log_every_steps", "save_every_steps")
+"""Settings that change no number, so that reports with different ones may be compared."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
         )
         for name, network in source.networks.items()
     }  # fmt: skip
-    return dataclasses.asdict(settings), results
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key not in OF_THE_MACHINE}, results
 
 
 def detection_accuracy(
@@ -64,7 +70,7 @@ def detection_accuracy(
 ) -> dict[str, float]:
     """Train a detector on the network, from its weights, and measure it."""
     device = distributed.local_device()
-    torch.manual_seed(seed)
+    seed_everything(seed)
     try:
         detector = build_detector(
             network,
@@ -73,6 +79,7 @@ def detection_accuracy(
             train_sizes=settings.train_sizes,
             test_size=settings.test_size,
             max_size=settings.max_size,
+            regions=settings.regions,
             mean=mean,
             std=std,
         )
@@ -103,68 +110,119 @@ def train(
     seed: int,
     kept: Resumable,
 ) -> None:
-    """SGD over the whole detector, its BatchNorm included."""
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=settings.weight_decay)
-    if settings.global_batch % distributed.world():
-        raise RecipeError(
-            f"evals.detection.global_batch {settings.global_batch} must divide over {distributed.world()} ranks"
-        )
-    share = settings.global_batch // distributed.world()
+    """SGD over the whole detector, its BatchNorm included.
+
+    A step's draws depend on the seed, the step and the rank alone, so that a training that was stopped goes on equally.
+
+    raises: RecipeError if a batch does not divide over the ranks, or holds more than the data; TrainingError if a loss
+        is not finite
+    """
+    share = _share(data, settings)
+    optimizer = torch.optim.SGD(parameter_groups(objective, settings.weight_decay), lr=0.0, momentum=0.9)
     engine = build_engine(objective.train(), optimizer, plain_config(share))
     first, _ = kept.restore(objective, optimizer)
-    batches = endless(data, share, seed=seed, start=first, num_workers=settings.num_workers)
+    batches = DataLoader(
+        data,
+        batch_sampler=batches_of_rank(
+            len(data), share, distributed.rank(), distributed.world(), seed=seed, steps=range(first, settings.steps)
+        ),
+        num_workers=settings.num_workers,
+        collate_fn=_together,
+    )
     clock = eta(first, settings.steps)
-    for step in range(first, settings.steps):
-        images, targets = next(batches)
+    for step, (images, targets) in enumerate(batches, first):
+        seed_everything(seed, distributed.rank(), step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         loss, parts = engine([image.to(device) for image in images], [_to(target, device) for target in targets])
         engine.backward(loss)
         engine.step()
+        said = _said(loss, parts, step)
         if (step + 1) % settings.log_every_steps == 0:
-            said = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
-            log.info("detection step %d/%d  loss %.3f (%s)  ETA %s", step + 1, settings.steps, loss, said, clock(step))
-        if (step + 1) % settings.log_every_steps == 0 or step + 1 == settings.steps:
+            log.info("detection step %d/%d  %s  ETA %s", step + 1, settings.steps, said, clock(step))
+        if (step + 1) % settings.save_every_steps == 0 or step + 1 == settings.steps:
             kept.save(step + 1, [])
 
 
-def endless(
-    data: CocoImages, share: int, *, seed: int, start: int, num_workers: int
-) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """This rank's images of every step from `start` on; the order is a function of the seed and the epoch."""
-    batch = share * distributed.world()
-    steps_per_epoch = len(data) // batch
-    if steps_per_epoch == 0:
-        raise RecipeError(f"{data.annotations}: {len(data)} images are less than a batch of {batch}")
-    epoch, done = divmod(start, steps_per_epoch)
-    while True:
-        order = epoch_order(len(data), seed=seed, epoch=epoch)[: steps_per_epoch * batch].reshape(-1, batch)
-        mine = order[done:, distributed.rank() * share : (distributed.rank() + 1) * share]
-        generator = torch.Generator().manual_seed(hash((seed, epoch, distributed.rank())) % 2**63)
-        yield from DataLoader(
-            data, batch_sampler=mine.tolist(), num_workers=num_workers, collate_fn=_together, generator=generator
+def _share(data: CocoImages, settings: Detection) -> int:
+    """How many images a rank sees in a step."""
+    batch, world = settings.global_batch, distributed.world()
+    if batch % world:
+        raise RecipeError(f"evals.detection.global_batch {batch} must divide over {world} ranks; set it to a multiple")
+    if batch > len(data):
+        raise RecipeError(
+            f"{data.annotations}: {len(data)} images with objects are less than a batch; set "
+            f"evals.detection.global_batch below {batch}"
         )
-        epoch, done = epoch + 1, 0
+    return batch // world
 
 
-@torch.no_grad()
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """detectron2's: everything decays but norms."""
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    kept = [each for inner in module.modules() if isinstance(inner, norms) for each in inner.parameters()]
+    spared = {id(parameter) for parameter in kept}
+    decayed = [parameter for parameter in module.parameters() if id(parameter) not in spared]
+    groups = {weight_decay: decayed, 0.0: kept} if weight_decay else {0.0: decayed + kept}
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+
+
+def _said(loss: Tensor, parts: dict[str, Tensor], step: int) -> str:
+    """The losses, as means over the ranks."""
+    means = distributed.mean_over_ranks(torch.stack([loss.detach(), *parts.values()]))
+    said = ", ".join(f"{name} {value:.3f}" for name, value in zip(["loss", *parts], means.tolist(), strict=True))
+    if not means.isfinite().all():
+        raise TrainingError(
+            f"detection step {step + 1}: {said}; nothing was kept of it. Lower evals.detection.base_lr, or lengthen "
+            "evals.detection.warmup_steps"
+        )
+    return said
+
+
+def batches_of_rank(
+    num_images: int, share: int, rank: int, world: int, *, seed: int, steps: range
+) -> Iterator[list[tuple[int, bool]]]:
+    """A rank's images in each of the steps, and which are mirrored: functions of the seed and the epoch.
+
+    share: images of a rank in a step; an epoch's last images, fewer than a batch, wait for another epoch
+    """
+    batch = share * world
+    steps_per_epoch = num_images // batch
+    for step in steps:
+        epoch, done = divmod(step, steps_per_epoch)
+        if done == 0 or step == steps.start:
+            order, mirrored = epoch_order(num_images, seed=seed, epoch=epoch), _mirrored(num_images, seed, epoch)
+        begin = done * batch + rank * share
+        yield [(int(image), bool(mirrored[image])) for image in order[begin : begin + share]]
+
+
+def _mirrored(num_images: int, seed: int, epoch: int) -> NDArray[np.bool_]:
+    """Half of the images, another half in every epoch; from a counter that the order does not use."""
+    key, counter = np.array([seed, epoch], dtype=np.uint64), np.array([0, 0, 0, 1], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(num_images)
+    return np.asarray(words >> np.uint64(63) == 1)
+
+
 def evaluate(
     objective: DetectionObjective, data: CocoImages, device: torch.device, *, num_workers: int
 ) -> dict[str, float]:
     """Average precision over all images, each seen by one rank."""
-    mine = range(distributed.rank(), len(data), distributed.world())
-    loader = DataLoader(data, sampler=mine, batch_size=1, num_workers=num_workers, collate_fn=_together)
-    results = []
-    for (image,), (target,) in loader:
-        (found,) = objective.detect([image.to(device)])
-        results += as_results(data, int(target["image_id"]), {key: value.cpu() for key, value in found.items()})
+    objective.eval()
+    mine = [[(index, False)] for index in range(distributed.rank(), len(data), distributed.world())]
+    results, seen = [], []
+    for images, targets in DataLoader(data, batch_sampler=mine, num_workers=num_workers, collate_fn=_together):
+        (found,) = objective.detect([image.to(device) for image in images])
+        seen.append(int(targets[0]["image_id"]))
+        results += as_results(data, seen[-1], {key: value.cpu() for key, value in found.items()})
     kinds = ("bbox", "segm") if data.masks else ("bbox",)
-    everything = [each for of_rank in distributed.gather_objects(results) for each in of_rank]
-    return average_precision(data, everything, kinds) | {"num_images": len(data)}
+    every = distributed.gather_objects((seen, results))
+    images_seen = sorted(image for of_rank, _ in every for image in of_rank)
+    assert images_seen == data.ids, "every image is seen by one rank"
+    measures = average_precision(data, [each for _, of_rank in every for each in of_rank], kinds)
+    return measures | {"num_images": len(images_seen)}
 
 
-def _together(batch: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def _together(batch: list[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
 

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from trainer.models.rcnn import Anchors, Heads, ProposalNetwork, Resize, RoIPool, initialise_heads
+
 PYRAMID_CHANNELS = 256
-RATIOS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -40,39 +43,65 @@ def build_detector(
     train_sizes: tuple[int, ...],
     test_size: int,
     max_size: int,
+    regions: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-) -> FasterRCNN:
+) -> GeneralizedRCNN:
     """The detector around a network, which keeps its weights; nothing is frozen.
 
     num_classes: without the background
     train_sizes, test_size, max_size: pixels of the shorter side, one drawn an image; of the longer side at most
-    raises: ValueError for a network without maps at strides 4 to 32, or at least 16 and 32
+    regions: of an image that the box head trains on
+    raises: ValueError for a network without maps at strides 4 to 32 (MobileNets and EfficientNets: 16 and 32)
     """
     stages = Stages(network)
-    pyramid = MOBILENET if stages.has_final_convolution else RESNET
+    pyramid = MOBILENET if hasattr(network, "conv_head") else RESNET
     stages.take(pyramid.strides)
-    levels = [str(index) for index in range(len(pyramid.strides))]
-    settings = {
-        "min_size": train_sizes,
-        "max_size": max_size,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "rpn_anchor_generator": AnchorGenerator(pyramid.anchor_sizes, (RATIOS,) * len(pyramid.anchor_sizes)),
-        "rpn_pre_nms_top_n_train": 2000,
-        "rpn_pre_nms_top_n_test": 1000,
-        "rpn_post_nms_top_n_train": pyramid.proposals,
-        "rpn_post_nms_top_n_test": 1000,
-        "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
-    }
-    body = PyramidBackbone(stages)
-    if not masks:
-        detector: FasterRCNN = FasterRCNN(body, num_classes + 1, **settings)
-    else:
-        roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
-        detector = MaskRCNN(body, num_classes + 1, mask_roi_pool=roi_pool, **settings)
-    detector.test_size = test_size
-    return detector
+    return GeneralizedRCNN(
+        PyramidBackbone(stages),
+        _proposals(pyramid),
+        _heads(pyramid, num_classes + 1, regions=regions, masks=masks),
+        Resize(train_sizes, test_size, max_size, mean=mean, std=std),
+    )
+
+
+def _proposals(pyramid: Pyramid) -> ProposalNetwork:
+    """source: detectron2 0.6 Base-RCNN-FPN, and SSLight's counts"""
+    anchors = Anchors(pyramid.anchor_sizes, (*pyramid.strides, 2 * pyramid.strides[-1]))
+    return ProposalNetwork(
+        anchors,
+        RPNHead(PYRAMID_CHANNELS, anchors.num_an_place()),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n={"training": pyramid.proposals, "testing": 1000},
+        nms_thresh=0.7,
+    )
+
+
+def _heads(pyramid: Pyramid, num_classes: int, *, regions: int, masks: bool) -> Heads:
+    """num_classes: with the background. source: detectron2 0.6 Base-RCNN-FPN"""
+    heads = Heads(
+        RoIPool(7, pyramid.strides),
+        TwoMLPHead(PYRAMID_CHANNELS * 7 * 7, 1024),
+        FastRCNNPredictor(1024, num_classes),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=regions,
+        positive_fraction=0.25,
+        bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
+    )
+    if masks:
+        heads.mask_roi_pool = RoIPool(14, pyramid.strides)
+        heads.mask_head = MaskRCNNHeads(PYRAMID_CHANNELS, (256, 256, 256, 256), dilation=1)
+        heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
+    initialise_heads(heads)
+    return heads
 
 
 class Stages(nn.Module):
@@ -85,8 +114,11 @@ class Stages(nn.Module):
             raise ValueError(f"{type(network).__name__} gives no feature maps (timm's forward_intermediates)")
         self.network = network
         self.infos: list[dict[str, int]] = [dict(each) for each in getattr(info, "info", info)]
-        self.has_final_convolution = hasattr(network, "conv_head")
-        """EfficientNets and MobileNets widen the last map once more, and the published detectors use that."""
+        self.has_final_convolution = isinstance(getattr(network, "conv_head", None), nn.Conv2d) and hasattr(
+            network, "bn2"
+        )
+        """EfficientNets and MobileNetV2 widen the last map once more, and the published detectors use that; what
+        MobileNetV3 widens is pooled already."""
         self.indices: list[int] = []
 
     def take(self, strides: tuple[int, ...]) -> None:
@@ -136,7 +168,7 @@ class PyramidBackbone(nn.Module):
 class DetectionObjective(nn.Module):
     """A detector's losses as one, which is what an engine wraps; in eval mode, its detections."""
 
-    def __init__(self, detector: FasterRCNN) -> None:
+    def __init__(self, detector: GeneralizedRCNN) -> None:
         super().__init__()
         self.detector = detector
 
@@ -148,10 +180,5 @@ class DetectionObjective(nn.Module):
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Boxes, labels, scores (and masks) of each image, in its own pixels, at the test size."""
-        transform = self.detector.transform
-        train_sizes, transform.min_size = transform.min_size, (self.detector.test_size,)
-        try:
-            found: list[dict[str, Tensor]] = self.detector.eval()(images)
-        finally:
-            transform.min_size = train_sizes
+        found: list[dict[str, Tensor]] = self.detector.eval()(images)
         return found

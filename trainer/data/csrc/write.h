@@ -4,7 +4,7 @@
 
 #include "transpose.h"
 
-enum { SOLARIZE_THRESHOLD = 128, TILE_WIDTH = 16, TILE_HEIGHT = 8, TILE_BYTES = 3 * TILE_WIDTH };
+enum { SOLARIZE_THRESHOLD = 128, TILE_WIDTH = 16, TILE_HEIGHT = 32, TILE_BYTES = 3 * TILE_WIDTH };
 
 typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
@@ -15,14 +15,14 @@ INLINE int16_t to_byte(int16_t value, int solarize)
     return solarize && byte >= SOLARIZE_THRESHOLD ? (int16_t)(255 - byte) : byte;
 }
 
-/* Two bytes in each lane, turned: out[y] of columns x holds low[x][y] | high[x][y] << 8. */
-INLINE void pair_and_turn(const int16_t *low, const int16_t *high, ptrdiff_t pitch, int solarize, int16_t out[8][8])
+/* Two bytes in each lane: those of eight columns from `low`, and of eight from `high`. In whole columns of the tile, for
+ * they fill wide vectors, which what is turned cannot. */
+INLINE void pair_bytes(const int16_t *low, const int16_t *high, ptrdiff_t pitch, int solarize,
+                       int16_t pairs[8][TILE_HEIGHT])
 {
-    int16_t pairs[8][8];
     for (int x = 0; x < 8; x++)
-        for (int y = 0; y < 8; y++)
+        for (int y = 0; y < TILE_HEIGHT; y++)
             pairs[x][y] = (int16_t)(to_byte(low[x * pitch + y], solarize) | to_byte(high[x * pitch + y], solarize) << 8);
-    transpose_tile(pairs[0], 8, out[0], 8);
 }
 
 /* 16 pixels from the red and green of eight, of eight more, and the blue of both; a vector is picked from two or three. */
@@ -40,16 +40,22 @@ INLINE void join_pixels(const int16_t *left, const int16_t *right, const int16_t
 /* Columns [x, x + TILE_WIDTH) of rows [y, y + TILE_HEIGHT); `out` rows are `stride` bytes apart. */
 INLINE void turn_tile(const Canvas *canvas, int x, int y, int solarize, uint8_t *out, ptrdiff_t stride)
 {
-    int16_t left[8][8], right[8][8], blues[8][8];
+    int16_t pairs[3][8][TILE_HEIGHT], turned[3][8][8];
     int green = canvas->num_planes == 1 ? 0 : 1, blue = 2 * green; /* grey is its own green and blue */
     const int16_t *r = column_of(canvas, 0, x) + y, *g = column_of(canvas, green, x) + y;
     const int16_t *b = column_of(canvas, blue, x) + y;
     ptrdiff_t pitch = canvas->padded;
-    pair_and_turn(r, g, pitch, solarize, left);
-    pair_and_turn(r + 8 * pitch, g + 8 * pitch, pitch, solarize, right);
-    pair_and_turn(b, b + 8 * pitch, pitch, solarize, blues);
-    for (int i = 0; i < TILE_HEIGHT; i++)
-        join_pixels(left[i], right[i], blues[i], out + i * stride);
+    pair_bytes(r, g, pitch, solarize, pairs[0]);
+    pair_bytes(r + 8 * pitch, g + 8 * pitch, pitch, solarize, pairs[1]);
+    pair_bytes(b, b + 8 * pitch, pitch, solarize, pairs[2]);
+    for (int top = 0; top < TILE_HEIGHT; top += 8) {
+        for (int i = 0; i < 3; i++)
+            transpose_tile(pairs[i][0] + top, TILE_HEIGHT, turned[i][0], 8);
+        for (int i = 0; i < 8; i++) {
+            join_pixels(turned[0][i], turned[1][i], turned[2][i], out + (top + i) * stride);
+            __builtin_prefetch(out + (top + i + TILE_HEIGHT) * stride, 1, 2); /* the tile below, into the second cache */
+        }
+    }
 }
 
 /* A tile that reaches over the view's edge. */
@@ -62,11 +68,12 @@ INLINE void turn_edge(const Canvas *canvas, int x, int y, int solarize, uint8_t 
         memcpy(out + 3 * (ptrdiff_t)size * (y + i) + 3 * x, tile + i * TILE_BYTES, 3 * (size_t)width);
 }
 
+/* Whole rows of tiles: their bytes leave the cache as full lines, and the batch they go to is too large to be in one. */
 INLINE void turn_all(const Canvas *canvas, int solarize, uint8_t *out)
 {
     int size = canvas->size;
-    for (int x = 0; x < size; x += TILE_WIDTH)
-        for (int y = 0; y < size; y += TILE_HEIGHT)
+    for (int y = 0; y < size; y += TILE_HEIGHT)
+        for (int x = 0; x < size; x += TILE_WIDTH)
             if (x + TILE_WIDTH <= size && y + TILE_HEIGHT <= size)
                 turn_tile(canvas, x, y, solarize, out + 3 * ((ptrdiff_t)size * y + x), 3 * (ptrdiff_t)size);
             else
