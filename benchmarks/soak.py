@@ -37,9 +37,9 @@ TINY = (
     "run.log_every_steps=1", "run.tensorboard=false", "evals.knn.every_epochs=10", "evals.knn.size=32",
     "evals.knn.resize=32", "evals.knn.k=5",
 )  # fmt: skip
-ALONE_TIMEOUT_S, START_TIMEOUT_S = 720.0, 1200.0
-"""How long what is left of a killed job may live: a rank waits 600 s for one that died before they met. And how long a
-start may take to its first new step."""
+ALONE_TIMEOUT_S, START_TIMEOUT_S = 900.0, 1200.0
+"""How long what is left of a killed job may live: a rank waits up to 750 s for one that died before they met. And how
+long a start may take to its first new step."""
 
 
 class BrokenPromiseError(AssertionError):

@@ -8,10 +8,13 @@ from typing import Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 TIMEOUT = timedelta(seconds=600)
 """How long a rank waits for the others before it takes them for dead."""
+MEETING = timedelta(seconds=300)
+"""The same for ranks that have not met yet; torch tries to reach rank 0 for up to two and a half times as long."""
 
 
 def start(device: torch.device) -> None:
@@ -24,7 +27,8 @@ def start(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, world = next(rendezvous("env://", timeout=MEETING))
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
