@@ -71,7 +71,7 @@ TITLES = {"top1": "top-1 %", "top5": "top-5 %", "rank_me": "RankMe", "feature_st
 
 
 def _print(protocol: str, source: Source, settings: dict[str, Any], results: Results) -> None:
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("every_epochs", "batch_size"))
+    shown = ", ".join(f"{key} {value}" for key, value in settings.items())
     data = source.recipe.data
     console = Console(width=120, highlight=False)
     console.print(f"{protocol}: {shown}; train {data.train}, val {data.val}")

@@ -1,6 +1,5 @@
 """Weighted k-nearest-neighbour accuracy: val images vote among train images, without any training."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
     """k-NN of every network of the source, and its settings."""
     recipe = source.recipe
     reader = reader_of(recipe, distributed.local_device())
-    settings = dataclasses.asdict(recipe.evals.knn)
+    settings = {key: getattr(recipe.evals.knn, key) for key in ("k", "temperature", "size", "resize")}
     return settings, evaluate(source.on(reader.device), recipe.data, recipe.evals.knn, reader)
 
 

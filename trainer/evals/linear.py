@@ -11,7 +11,7 @@ from trainer.evals.features import Features, reader_of
 from trainer.evals.knn import labelled_features
 from trainer.evals.sources import Results, Source
 
-WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 """Tried on the held-out tenth of the train images; a grid as in Caron et al., arXiv 2104.14294, for their ViTs."""
 HELD_OUT = 10
 """Every tenth train image, after a fixed shuffle, chooses the weight decay; the val images choose nothing."""
