@@ -61,7 +61,7 @@ FOLDER := demo/$(NAME)
 IMAGES := $(or $(DATA:/=),$(FOLDER)/images)
 RUN ?= $(FOLDER)/run
 PORT = $$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-LAUNCH = deepspeed --num_gpus $(RANKS) --master_port $(PORT) --module trainer
+LAUNCH = python -m trainer.launch --num_gpus $(RANKS) --master_port $(PORT) --module trainer
 
 demo: setup ## pre-train and evaluate on generated images, or DATA=folder with train/ and val/; RUN=where to
 	@test -z "$(DATA)" || test -d "$(IMAGES)/train" -a -d "$(IMAGES)/val" || \

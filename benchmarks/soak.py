@@ -4,10 +4,11 @@ python -m benchmarks.soak DATA OUT [--kills 20] [--first 1] [--kinds rank launch
 
 DATA holds train.beton and val.beton (`make demo` leaves one in demo/synthetic), OUT becomes the folder of both runs: an
 uninterrupted one, and one that is killed with SIGKILL at random moments, start-up included, and started again by the
-same command. What is killed: one rank; the launcher between the `deepspeed` command and the ranks; a whole host of two,
-its command, launcher and rank. After every kill the rest of the job must end by itself, every checkpoint that counts
-must be what its manifest says, and the next start must continue from the newest of them. At the end the losses of both
-runs must be the same to the bit. One JSON line a kill and one for the whole; exit code 1 if a promise was broken.
+same command. What is killed: one rank; the launcher between the command and the ranks; a whole host of two, its
+command, launcher and rank. After every kill the rest of the job must end by itself and not report success, every
+checkpoint that counts must be what its manifest says, and the next start must continue from the newest of them. At the
+end the losses of both runs must be the same to the bit. One JSON line a kill and one for the whole; exit code 1 if a
+promise was broken.
 """
 
 import argparse
@@ -149,8 +150,8 @@ def kill_once(
         kill(victim)
     alone_s = wait_until_gone(job)
     codes = [command.wait() for command in job.commands]
-    if (run_dir / "finished").exists():
-        raise BrokenPromiseError(f"after the kill at step {step} the run says that it has finished")
+    if (run_dir / "finished").exists() or 0 in codes:
+        raise BrokenPromiseError(f"after the kill at step {step} the job reports success: exit codes {codes}")
     check_checkpoints(run_dir)
     said = check_log(run_dir, logged, newest)
     return {
@@ -182,7 +183,7 @@ def start(data: Path, run_dir: Path, overrides: list[str], *, hosts: int) -> Job
     port = free_port()
     verb = ["pretrain", str(ROOT / "recipes/smoke/moco_demo.yaml"), *TINY, *overrides]
     paths = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"run.dir={run_dir}"]
-    launch = [str(BIN / "deepspeed"), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    launch = [sys.executable, "-m", "trainer.launch", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     if hosts == 1:
         commands = [[*launch, "--num_gpus", str(RANKS)]]
     else:

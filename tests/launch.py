@@ -26,8 +26,10 @@ TINY_MOCO = (*TINY, "method.queue_size=64")
 def launcher(kind: str, ranks: int = 2) -> list[str]:
     """The command before `pretrain` or `evaluate`, as in the README."""
     port = str(free_port())
+    flags = ["--num_gpus", str(ranks), "--master_port", port, "--module", "trainer"]
     return {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", "trainer"],
+        "trainer.launch": [sys.executable, "-m", "trainer.launch", *flags],
+        "deepspeed": [str(BIN / "deepspeed"), *flags],
         "torchrun": [str(BIN / "torchrun"), f"--nproc_per_node={ranks}", f"--master_port={port}", "-m", "trainer"],
         "python": [sys.executable, "-m", "trainer"],
     }[kind]

@@ -6,11 +6,12 @@ Any one rank may get the signal; all stop after the same step. What the launcher
     SIGTERM to torchrun          it passes it on, and kills after 30 s: a step and a save must take less; exit 1
     SIGTERM to launch.py         the same, one rank after the other
     SIGUSR1 to either            it dies of it, and its workers save as below
-    to the `deepspeed` command   on one host it dies alone, as it has no handler (read in its source): signal the others
+    to the `deepspeed` command   on one host it dies alone, as it has no handler (read in its source)
+    to `trainer.launch`          both are SIGTERM to launch.py; exit 1
 
 A worker whose launcher has died gets SIGTERM from the kernel, so it saves and leaves too, instead of training on
-unseen. The `deepspeed` runner exits with 0 when launch.py was killed: whether a run has reached its end, only the file
-`finished` in its run directory tells.
+unseen. The `deepspeed` runner exits with 0 when launch.py was killed, `trainer.launch` with 137; whether a run has
+reached its end, the file `finished` in its run directory tells in any case.
 """
 
 import ctypes
