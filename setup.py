@@ -14,7 +14,7 @@ setup(
             depends=[
                 f"trainer/data/csrc/{name}.h"
                 for name in (
-                    *("views", "params", "decode", "axis", "transpose", "resize"),
+                    *("views", "params", "huffman", "decode", "axis", "transpose", "resize"),
                     *("colour", "linear", "blur", "write"),
                 )
             ],

@@ -11,12 +11,16 @@
 
 #include <setjmp.h>
 
+#include "huffman.h"
 #include "views.h"
 
 #include <jpeglib.h>
 #include <jerror.h>
 
 enum { MAX_SCANS = 500, ROWS_PER_CALL = 8, IMAGE_PADDING = 64 };
+
+/* Where a decoding comes back to that was left. */
+enum { BY_LIBJPEG = 1, BY_HUFFMAN };
 
 typedef struct {
     struct jpeg_error_mgr manager; /* first: libjpeg hands back a pointer to it */
@@ -30,6 +34,7 @@ typedef struct {
     ErrorTrap trap;
     int ready;
     Buffer buffer;
+    Huffman huffman;
 } Decoder;
 
 /* Rows of `channels` interleaved bytes; at least IMAGE_PADDING readable bytes follow the last one. */
@@ -48,7 +53,7 @@ typedef struct {
 
 static void on_error(j_common_ptr jpeg)
 {
-    longjmp(((ErrorTrap *)jpeg->err)->escape, 1);
+    longjmp(((ErrorTrap *)jpeg->err)->escape, BY_LIBJPEG);
 }
 
 /* level < 0 is a warning. Three of them lose no pixel: odd version numbers and odd but unambiguous headers. */
@@ -83,6 +88,7 @@ static int decoder_init(Decoder *d)
         return 0;
     jpeg_create_decompress(&d->jpeg);
     d->progress.progress_monitor = on_progress;
+    d->jpeg.client_data = d;
     d->jpeg.progress = &d->progress;
     return d->ready = 1;
 }
@@ -92,6 +98,30 @@ static void decoder_free(Decoder *d)
     if (d->ready)
         jpeg_destroy_decompress(&d->jpeg);
     free(d->buffer.data);
+}
+
+#ifdef HAS_HUFFMAN
+static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *blocks)
+{
+    Decoder *d = jpeg->client_data;
+    if (!decode_blocks(&d->huffman, jpeg, blocks) || (!--d->huffman.mcus_left && !end_scan(&d->huffman, jpeg->src)))
+        longjmp(d->trap.escape, BY_HUFFMAN);
+    return TRUE;
+}
+#endif
+
+/* libjpeg, with our decoder of its entropy code where that fits. */
+static void start_decompress(Decoder *d, int by_libjpeg)
+{
+    jpeg_start_decompress(&d->jpeg);
+#ifdef HAS_HUFFMAN
+    if (!by_libjpeg && huffman_fits(&d->jpeg)) {
+        huffman_start(&d->huffman, &d->jpeg);
+        d->jpeg.entropy->decode_mcu = decode_mcu;
+    }
+#else
+    (void)by_libjpeg;
+#endif
 }
 
 /* Whether the planes can be used as they are: no chroma, or chroma of full or half the width and height. Chroma so
@@ -133,14 +163,14 @@ static enum Status set_rgb(Buffer *buffer, Image *image)
     return pixels ? STATUS_OK : STATUS_MEMORY;
 }
 
-static enum Status read_rgb(Decoder *d, Image *image)
+static enum Status read_rgb(Decoder *d, int by_libjpeg, Image *image)
 {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     if (set_rgb(&d->buffer, image) != STATUS_OK)
         return STATUS_MEMORY;
     jpeg->out_color_space = JCS_RGB;
     jpeg->do_fancy_upsampling = TRUE;
-    jpeg_start_decompress(jpeg);
+    start_decompress(d, by_libjpeg);
     while (jpeg->output_scanline < jpeg->output_height) {
         JSAMPROW rows[ROWS_PER_CALL];
         for (int i = 0; i < ROWS_PER_CALL; i++) /* libjpeg stops at the last row by itself */
@@ -173,14 +203,14 @@ static enum Status set_planes(Decoder *d, Image *image)
     return pixels ? STATUS_OK : STATUS_MEMORY;
 }
 
-static enum Status read_planes(Decoder *d, Image *image)
+static enum Status read_planes(Decoder *d, int by_libjpeg, Image *image)
 {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     if (set_planes(d, image) != STATUS_OK)
         return STATUS_MEMORY;
     jpeg->raw_data_out = TRUE;
     jpeg->do_fancy_upsampling = FALSE;
-    jpeg_start_decompress(jpeg);
+    start_decompress(d, by_libjpeg);
     JSAMPROW rows[3][MAX_SAMP_FACTOR * DCTSIZE];
     JSAMPARRAY planes[3] = {rows[0], rows[1], rows[2]};
     for (int strip = 0; jpeg->output_scanline < jpeg->output_height; strip++) {
@@ -193,16 +223,20 @@ static enum Status read_planes(Decoder *d, Image *image)
 }
 
 /* The part that libjpeg may leave by longjmp; it changes no local variable after setjmp that is read again there. */
-static enum Status decode_trapped(Decoder *d, const uint8_t *data, size_t size, int planes, Image *image)
+static enum Status decode_trapped(Decoder *d, const uint8_t *data, size_t size, int planes, int by_libjpeg, Image *image)
 {
     d->trap.damaged = 0;
-    if (setjmp(d->trap.escape)) {
+    switch (setjmp(d->trap.escape)) {
+    case BY_LIBJPEG:
         jpeg_abort_decompress(&d->jpeg);
         return STATUS_UNREADABLE;
+    case BY_HUFFMAN:
+        jpeg_abort_decompress(&d->jpeg);
+        return STATUS_AGAIN;
     }
     enum Status status = read_header(&d->jpeg, data, size, image);
     if (status == STATUS_OK)
-        status = planes && has_planes(&d->jpeg) ? read_planes(d, image) : read_rgb(d, image);
+        status = planes && has_planes(&d->jpeg) ? read_planes(d, by_libjpeg, image) : read_rgb(d, by_libjpeg, image);
     if (status == STATUS_OK)
         jpeg_finish_decompress(&d->jpeg);
     else
@@ -213,7 +247,10 @@ static enum Status decode_trapped(Decoder *d, const uint8_t *data, size_t size, 
 /* `planes`: whether the caller can use Y, Cb and Cr. */
 static enum Status decode_jpeg(Decoder *d, const uint8_t *data, size_t size, int planes, Image *image)
 {
-    return decoder_init(d) ? decode_trapped(d, data, size, planes, image) : STATUS_MEMORY;
+    if (!decoder_init(d))
+        return STATUS_MEMORY;
+    enum Status status = decode_trapped(d, data, size, planes, 0, image);
+    return status == STATUS_AGAIN ? decode_trapped(d, data, size, planes, 1, image) : status;
 }
 
 /* FFCV's raw mode: the pixels themselves. They are copied, for the bytes after them are not ours to read. */
