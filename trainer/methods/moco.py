@@ -1,7 +1,7 @@
 """MoCo v2 with multi-crop: every further view of an image must find the key of its first view in a queue."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class MoCoConfig:
     """MoCo's head, queue and loss weights."""
 
     name: Literal["moco"]
+    wants_tokens: ClassVar[bool] = False
+    """Whether the teacher shall return its patch tokens beside the class token."""
     hidden_dim: int = 2048
     out_dim: int = 128
     queue_size: int
@@ -40,8 +42,8 @@ class MoCoConfig:
         """What is wrong with MoCo in this recipe, or None."""
         if counts.global_views < 2:
             return f"MoCo needs at least 2 global views (one key, one query), got {counts.global_views}"
-        if teacher == "none":
-            return "MoCo needs a teacher, its key encoder; set teacher.kind to ema"
+        if teacher != "ema":
+            return f"MoCo's teacher is its key encoder, which follows it, and teacher.kind is {teacher}; set it to ema"
         if self.queue_size % global_batch:
             near = max(1, round(self.queue_size / global_batch)) * global_batch
             wanted = f"must be a multiple of optim.global_batch {global_batch}"
