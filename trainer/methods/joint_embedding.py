@@ -151,7 +151,7 @@ def split_views(views: list[Tensor], rows: int) -> tuple[list[Tensor], list[Tens
 
 def per_view(rows: Tensor, batch_size: int) -> Tensor:
     """(V * B, ...) view-major rows as (V, B, ...)."""
-    return rows.unflatten(0, (-1, batch_size))
+    return rows.view(-1, batch_size, *rows.shape[1:])
 
 
 class LossWeights(Protocol):

@@ -60,7 +60,7 @@ def paired_prediction(
     targets: (T, B, K) float32 of the first T views, each row summing to 1
     num_globals: how many views are global, as many as there are targets by default
     returns: mean over the global views of the student, and over the local ones (None without locals)
-    equals: means over pairs (i, v) of -(targets_i . log_softmax(logits_v / T)), the targets of a view averaged first, so
+    equals: means over pairs (i, v) of -(targets_i . log_softmax(logits_v / T)); a view's targets are averaged first, so
     that each view meets one log-softmax
     """
     skipped = num_without_partner(pairing, len(targets))

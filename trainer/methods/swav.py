@@ -86,8 +86,11 @@ class SwAVConfig:
                 f"SwAV has no teacher, got teacher.kind {teacher}; set teacher={{kind: none}}, or method.codes=teacher "
                 "for a frozen one"
             )
-        if self.prototypes != "own" or self.mlp_head is not None:
-            return "prototypes and mlp_head are for codes: teacher; set prototypes=own and mlp_head=null"
+        if (self.prototypes, self.mlp_head, self.targets) != ("own", None, "global_views"):
+            return (
+                "prototypes, mlp_head and targets are for codes: teacher; set prototypes=own, mlp_head=null and "
+                "targets=global_views"
+            )
         if self.sinkhorn_iterations == 0 or self.pairing == "same_view":
             return (
                 "the student's own codes collapse with sinkhorn_iterations 0 or pairing same_view; set "
@@ -125,10 +128,9 @@ class SwAV(Method):
         super().__init__(student, counts)
         self.config = config
         self.num_targets = 1 if config.targets == "first_view" else counts.global_views
-        self.prototypes: Prototypes | None = None
-        if config.prototypes != "none":
-            self.prototypes = Prototypes(config.out_dim, config.num_prototypes)
-        if config.prototypes == "teacher":
+        scored = config.prototypes != "none"
+        self.prototypes = Prototypes(config.out_dim, config.num_prototypes) if scored else None
+        if self.prototypes is not None and config.prototypes == "teacher":
             self.prototypes.requires_grad_(False).weight.fill_(torch.nan)  # until `adopt` brings the teacher's
         width = config.out_dim if config.codes == "student" else config.num_prototypes
         self.queue = EmbeddingQueue(config.queue_size, self.num_targets, width)
@@ -143,8 +145,8 @@ class SwAV(Method):
         weight = self.prototypes.weight
         if prototypes.shape != weight.shape:
             raise ValueError(
-                f"method.prototypes teacher: wanted {tuple(weight.shape)} of num_prototypes x out_dim, and the teacher's "
-                f"are {tuple(prototypes.shape)}; set method.num_prototypes and method.out_dim to these"
+                f"method.prototypes teacher: wanted {tuple(weight.shape)} of num_prototypes x out_dim, and the "
+                f"teacher's are {tuple(prototypes.shape)}; set method.num_prototypes and method.out_dim to these"
             )
         weight.copy_(prototypes)
 
@@ -193,7 +195,7 @@ class SwAV(Method):
         return codes[:, -batch:]
 
     def _queued_scores(self) -> Tensor:
-        """This rank's share of the queue: a teacher's scores as they were, own embeddings against today's prototypes."""
+        """This rank's share of the queue: a teacher's scores as they were, embeddings against today's prototypes."""
         rows = self.queue.share()
         if self.config.codes == "teacher":
             return rows
@@ -209,7 +211,7 @@ class SwAV(Method):
                 prototypes.renormalise()
             if self._new_rows:
                 mine = torch.cat(self._new_rows, dim=1).transpose(0, 1)
-                self.queue.push(distributed.gather_equal_rows(mine.contiguous()))
+                self.queue.push(distributed.gather_equal_rows(mine))
         self._new_rows = []
 
     def _renormalised(self) -> list[Prototypes]:

@@ -27,7 +27,7 @@ def mlp(sizes: list[int], *, activation: type[nn.Module], norm: bool) -> nn.Sequ
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainMLP:
-    """A student's head for a frozen teacher, in place of the method's own: linear layers, and what lies between them."""
+    """A student's head for a frozen teacher, in place of the method's own: linear layers and what lies between."""
 
     hidden_dim: int = 2048
     num_layers: int = 2

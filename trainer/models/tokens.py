@@ -1,5 +1,7 @@
 """Patch tokens of timm's vision transformers: masked or dropped at the input, kept at the output."""
 
+from typing import Any
+
 import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
@@ -78,7 +80,7 @@ class TokenBranch(Branch):
     def forward(self, views: list[Tensor]) -> Tensor:
         """Project every token of views of one size: (sum of V_i * B, 1 + N, K), the class token first."""
         tokens = torch.cat([tokens_of(self.backbone, group) for group in views])
-        prefix = self.backbone.num_prefix_tokens  # registers stand between class token and patches
+        prefix: Any = self.backbone.num_prefix_tokens  # registers stand between class token and patches
         tokens = torch.cat([tokens[:, :1], tokens[:, prefix:]], dim=1) if prefix > 1 else tokens
         output: Tensor = self.head(tokens.flatten(0, 1))
-        return output.unflatten(0, tokens.shape[:2])
+        return output.view(*tokens.shape[:2], -1)
