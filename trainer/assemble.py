@@ -13,6 +13,7 @@ from trainer.data.loader import ViewLoader
 from trainer.data.subset import read_subset
 from trainer.engine import build_engine, whole, zero_stage
 from trainer.generators import seed_everything
+from trainer.methods.frozen import Frozen, FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
@@ -20,6 +21,7 @@ from trainer.optim import build_optimizer, param_groups
 from trainer.recipe import Recipe, RecipeError
 from trainer.run_state import RunState, load_engine, load_generators, load_networks
 from trainer.schedules import Schedules
+from trainer.teachers.build import build_frozen
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,7 +36,7 @@ class Assembly:
     method: Method
     plain: Method
     """`method` itself, but under ZeRO 3, which keeps its parameters in pieces, a copy for `readable` to fill."""
-    teacher: EMATeacher | None
+    teacher: EMATeacher | FrozenTeacher | None
     engine: "DeepSpeedEngine"
     first_step: int
     """How many steps were trained before."""
@@ -90,6 +92,12 @@ def check_backbone(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from error
 
 
+def check_teacher(recipe: Recipe) -> None:
+    """Whether a frozen teacher can be had and fits, before anything is written; WeightsError, RecipeError if not."""
+    if isinstance(recipe.teacher, Frozen):
+        build_frozen(recipe)
+
+
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, saved: RunState | None) -> Assembly:
     """Build every part, the same on every rank, as it was in the saved state if there is one.
 
@@ -102,6 +110,8 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
         synchronise_batchnorm(method, device)
     method.to(device)
     teacher = build_teacher(recipe, method)
+    if isinstance(teacher, FrozenTeacher):
+        teacher.to(device)
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
@@ -138,8 +148,10 @@ def build_method(recipe: Recipe, *, num_classes: int | None = None) -> Method:
     return method
 
 
-def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | None:
+def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | FrozenTeacher | None:
     """The teacher that a run of the recipe starts with."""
+    if isinstance(recipe.teacher, Frozen):
+        return build_frozen(recipe)
     return EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, distributed, run_dir, weights
-from trainer.assemble import Assembly, assemble, check_backbone, count_steps, readable
+from trainer.assemble import Assembly, assemble, check_backbone, check_teacher, count_steps, readable
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
 from trainer.engine import autocast, load_ds_config, rewriting, whole
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
 from trainer.guards import FiniteGuard, watchdog
+from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.models.backbones import num_features
 from trainer.optim import set_progress
@@ -36,13 +37,14 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     """Train to the recipe's last epoch, from the newest checkpoint in run.dir if there is one.
 
     returns: whether it came to the end; False if it was asked to stop, and saved what it had
-    raises: RecipeError, DSConfigError, BetonError, RunDirError, StateError before the first step; DataError and
-    TrainingError during training; CheckpointError at any time
+    raises: RecipeError, WeightsError, DSConfigError, BetonError, RunDirError, StateError before the first step;
+    DataError and TrainingError during training; CheckpointError at any time
     """
     device = distributed.local_device()
     ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
     count_steps(recipe)
     check_backbone(recipe)
+    check_teacher(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
     with run_dir.held(folder):
@@ -103,7 +105,7 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                 guard.count(applied=applied)
                 with rewriting(run.engine, run.method.rewritten_parameters()):
                     run.method.after_step(applied=applied)
-                if run.teacher is not None and applied:
+                if isinstance(run.teacher, EMATeacher) and applied:
                     with whole(run.engine, run.method.student.parameters()):
                         run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
@@ -150,7 +152,8 @@ def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device) ->
     due = due_evaluations(recipe, epoch)
     accuracies: dict[str, float] = {}
     if "knn" in due:
-        accuracies |= evaluate_branches(recipe, readable(run), run.teacher, device)
+        moving = run.teacher if isinstance(run.teacher, EMATeacher) else None  # a frozen one would never change
+        accuracies |= evaluate_branches(recipe, readable(run), moving, device)
     if "probe" in due:
         accuracies |= evaluate_probe(recipe, readable(run), device)
     return accuracies

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from trainer.data.views import View
 from trainer.methods import AnyMethod
+from trainer.methods.frozen import Frozen
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.teacher import EMA
 from trainer.models.backbones import Backbone
@@ -177,7 +178,7 @@ class NoTeacher:
     kind: Literal["none"]
 
 
-Teacher = Annotated[EMA | NoTeacher, Field(discriminator="kind")]
+Teacher = Annotated[EMA | Frozen | NoTeacher, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -111,8 +111,10 @@ def _cross_check(recipe: Recipe) -> str | None:
             f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "
             "among them, which must not change the student; set probe=false, or optim.gradient_clipping=0"
         )
-    if recipe.run.keep_best == "teacher" and recipe.teacher.kind == "none":
-        return "run.keep_best teacher: this recipe has no teacher; set run.keep_best=student"
+    if recipe.run.keep_best == "teacher" and recipe.teacher.kind != "ema":
+        return (
+            f"run.keep_best teacher: teacher.kind {recipe.teacher.kind} has none that learns; set run.keep_best=student"
+        )
     return None
 
 
@@ -146,10 +148,12 @@ def _hint(location: tuple[str, ...]) -> str:
 def _block(parents: list[str]) -> Any:
     """The dataclass that a path of keys leads to; in a tagged block the second part is the tag."""
     kind: Any = Recipe
+    tagged: list[type] = []
     for depth, part in enumerate(parents):
+        if depth == 1 and tagged:
+            kind = next(m for m in tagged if any(part in typing.get_args(h) for h in typing.get_type_hints(m).values()))
+            continue
         members = dataclasses_in(typing.get_type_hints(kind, include_extras=True).get(part))
-        if depth == 0 and part in TAGGED:
-            tag = parents[1] if len(parents) > 1 else ""
-            return next(m for m in members if any(tag in typing.get_args(h) for h in typing.get_type_hints(m).values()))
+        tagged = members if depth == 0 and part in TAGGED else []
         kind = members[0]
     return kind

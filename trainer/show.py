@@ -18,6 +18,7 @@ from trainer.data.contact_sheet import contact_sheet, draw_views
 from trainer.data.kernel import Kernel
 from trainer.data.order import epoch_order
 from trainer.data.subset import read_subset
+from trainer.methods.frozen import FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.recipe import Recipe, RecipeError
@@ -95,7 +96,7 @@ def _each(value: float | tuple[float, ...]) -> str:
     return " / ".join(f"{v:g}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
-def parameter_table(method: Method, teacher: EMATeacher | None) -> Table:
+def parameter_table(method: Method, teacher: EMATeacher | FrozenTeacher | None) -> Table:
     """How many parameters each part has, and how many of them are trained."""
     table = Table(title="Parameters")
     for column in ("part", "parameters", "trained"):
@@ -107,7 +108,7 @@ def parameter_table(method: Method, teacher: EMATeacher | None) -> Table:
     return table
 
 
-def _parts(method: Method, teacher: EMATeacher | None) -> dict[str, nn.Module]:
+def _parts(method: Method, teacher: EMATeacher | FrozenTeacher | None) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"backbone": method.student.backbone, "head": method.student.head}
     parts |= {name: child for name, child in method.named_children() if any(True for _ in child.parameters())}
     del parts["student"]
@@ -130,7 +131,7 @@ class Cost:
 
 
 @torch.no_grad()
-def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_size: int = 2) -> Cost:
+def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | FrozenTeacher | None, batch_size: int = 2) -> Cost:
     """Count convolutions, matrix products and attention while the real code runs on `batch_size` blank images.
 
     The backward pass is not run: torch counts depth-wise convolutions wrongly there.
@@ -149,7 +150,7 @@ def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_si
     return Cost(of_teacher / 2 / batch_size, of_student / 2 / batch_size)
 
 
-def cost_table(recipe: Recipe, method: Method, teacher: EMATeacher | None) -> Table:
+def cost_table(recipe: Recipe, method: Method, teacher: EMATeacher | FrozenTeacher | None) -> Table:
     """What a step costs, an image and a global batch."""
     cost = cost_of(recipe, method, teacher)
     table = Table(title="Cost a step, 10^9 multiply-accumulates")

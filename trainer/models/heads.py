@@ -184,6 +184,46 @@ class Prototypes(nn.Module):
             return F.linear(embeddings.float(), self.weight)
 
 
+class FrozenHead(nn.Module):
+    """The heads of DINO, SwAV, iBOT and MSN once nothing trains them: MLP, unit length, one product with prototypes.
+
+    mlp: None for a teacher without a head, whose features are its embeddings; nn.Identity() makes them unit vectors
+    prototypes: (K, D), of whatever length they came with; None where a method compares the embeddings themselves
+    """
+
+    prototypes: Tensor | None
+
+    def __init__(self, mlp: nn.Module | None, prototypes: Tensor | None) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.register_buffer("prototypes", prototypes)
+
+    def width(self, num_features: int) -> int:
+        """K, or D where there are no prototypes, for so many features."""
+        if self.prototypes is not None:
+            return len(self.prototypes)
+        linears = [] if self.mlp is None else [m for m in self.mlp.modules() if isinstance(m, nn.Linear)]
+        return linears[-1].out_features if linears else num_features
+
+    def embed(self, features: Tensor) -> Tensor:
+        """(..., C) features -> (..., D) float32 embeddings; BatchNorm in the MLP sees tokens as rows."""
+        if self.mlp is None:
+            return features.float()
+        rows = self.mlp(features.flatten(0, -2)).float()
+        return F.normalize(rows, dim=-1).view(*features.shape[:-1], -1)
+
+    def score(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., K) in full precision: a temperature of 0.025 follows."""
+        if self.prototypes is None:
+            return embeddings
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.linear(embeddings.float(), self.prototypes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., K)."""
+        return self.score(self.embed(features))
+
+
 @torch.no_grad()
 def initialise_linears(module: nn.Module) -> None:
     """Draw the weights of linear layers from N(0, 0.01), biases 0, as SSLight model/swav.py does throughout."""
