@@ -128,7 +128,7 @@ def test_moco_never_holds_the_logits_of_all_its_queries() -> None:
     num_globals=st.integers(2, 3), num_locals=st.integers(0, 3), batch=st.integers(1, 4), seed=st.integers(0, 2**31),
     weights=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )  # fmt: skip
-def test_swapped_predictions_gradient_is_autograds(
+def test_paired_predictions_gradient_is_autograds(
     num_globals: int, num_locals: int, batch: int, seed: int, weights: tuple[float, float]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -42,8 +42,8 @@ class MoCoConfig:
         """What is wrong with MoCo in this recipe, or None."""
         if counts.global_views < 2:
             return f"MoCo needs at least 2 global views (one key, one query), got {counts.global_views}"
-        if teacher != "ema":
-            return f"MoCo's teacher is its key encoder, which follows it, and teacher.kind is {teacher}; set it to ema"
+        if teacher == "none":
+            return "MoCo needs a teacher, its key encoder; set teacher.kind to ema"
         if self.queue_size % global_batch:
             near = max(1, round(self.queue_size / global_batch)) * global_batch
             wanted = f"must be a multiple of optim.global_batch {global_batch}"
