@@ -81,13 +81,15 @@ def count_classes(beton: BetonInfo) -> int:
 
 
 def check_backbone(recipe: Recipe) -> None:
-    """Whether the network takes every size that the recipe will give it; RecipeError if it does not."""
+    """Whether the network takes every size and does all that the method asks of it; RecipeError if it does not."""
     views, knn = recipe.views, recipe.evals.knn
     sizes = {group.size for group in (views.global_views, views.local_views) if group.count}
     if recipe.data.val is not None and knn.every_epochs:
         sizes.add(knn.size)
     try:
-        check_sizes(build_backbone(recipe.backbone), sizes)
+        network = build_backbone(recipe.backbone)
+        check_sizes(network, sizes)
+        recipe.method.build(network, recipe.views.counts)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
@@ -95,7 +97,35 @@ def check_backbone(recipe: Recipe) -> None:
 def check_teacher(recipe: Recipe) -> None:
     """Whether a frozen teacher can be had and fits, before anything is written; WeightsError, RecipeError if not."""
     if isinstance(recipe.teacher, Frozen):
-        build_frozen(recipe)
+        teacher, method = build_frozen(recipe), build_method(recipe)
+        hand_over_prototypes(teacher, method)
+        if recipe.method.wants_tokens:
+            _check_patches(recipe, teacher, method)
+
+
+@torch.no_grad()
+def _check_patches(recipe: Recipe, teacher: FrozenTeacher, method: Method) -> None:
+    """A patch of the student's must be one of the teacher's."""
+    size = recipe.views.global_views.size
+    image = torch.zeros(1, 3, size, size)
+    of_teacher, of_student = teacher.embed([image]).shape[1] - 1, method.student([image]).shape[1] - 1
+    if of_teacher != of_student:
+        raise RecipeError(
+            f"method.{recipe.method.name} compares patches, and a view of {size} px has {of_student} for the student, "
+            f"{of_teacher} for the teacher; take a backbone with the teacher's patch size, or set method.patch_weight=0"
+        )
+
+
+def hand_over_prototypes(teacher: EMATeacher | FrozenTeacher | None, method: Method) -> None:
+    """A frozen teacher's prototypes, for methods that score the student's embeddings against them.
+
+    raises: RecipeError if they are not as wide as these
+    """
+    if isinstance(teacher, FrozenTeacher) and teacher.head.prototypes is not None:
+        try:
+            method.adopt(teacher.head.prototypes)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
 
 
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, saved: RunState | None) -> Assembly:
@@ -112,6 +142,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     teacher = build_teacher(recipe, method)
     if isinstance(teacher, FrozenTeacher):
         teacher.to(device)
+    hand_over_prototypes(teacher, method)
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method

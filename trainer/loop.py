@@ -93,14 +93,17 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                 progress = schedules.at(step)
                 set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
                 for _ in range(optim.accumulation):
-                    views, labels, num_bad = clock.waits_for(to_device, batches, recipe, device)
+                    views, batch = clock.waits_for(to_device, batches, recipe, device)
+                    labels = batch.labels.to(device, non_blocking=True)
                     with precision:
                         teacher_output = run.teacher(run.method.teacher_views(views)) if run.teacher else None
-                    loss, parts, views_finite = run.engine(views, teacher_output, progress, labels)
+                    loss, parts, views_finite = run.engine(
+                        views, teacher_output, progress, labels, batch.sample_ids.tolist()
+                    )
                     run.engine.backward(loss)
                     run.engine.step()
                     guard.see(step, loss, views_finite, teacher_output)
-                    averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
+                    averages.add({"loss": loss, **parts, "bad_images_per_batch": batch.num_bad})
                 applied = run.engine.was_step_applied()
                 guard.count(applied=applied)
                 with rewriting(run.engine, run.method.rewritten_parameters()):
@@ -166,15 +169,15 @@ def brief(accuracies: dict[str, float]) -> str:
     )
 
 
-def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Tensor, int]:
-    """The next batch: normalised views, one (V_i * B, 3, S_i, S_i) tensor per size; labels; number of bad images."""
+def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Batch]:
+    """The next batch's normalised views, one (V_i * B, 3, S_i, S_i) tensor per size, and the batch itself."""
     batch, views = next(batches), recipe.views
     changes = batch.params or repeat(None, len(batch.views))  # photometric ones, where the device makes them
     floats = [
         to_float(group, device, views.mean, views.std, params=params)
         for group, params in zip(batch.views, changes, strict=True)
     ]
-    return floats, batch.labels.to(device, non_blocking=True), batch.num_bad
+    return floats, batch
 
 
 def describe(progress: Progress) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class Recipe:
             final_weight_decay=optim.final_weight_decay,
             momentum=moving.momentum,
             final_momentum=moving.final_momentum,
+            seed=self.seed,
         )
 
     def micro_batch(self, world: int) -> int:

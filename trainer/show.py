@@ -145,7 +145,7 @@ def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | FrozenTeacher 
         if teacher is not None:
             target = teacher(method.teacher_views(views))
         of_teacher = counter.get_total_flops()
-        method(views, target, progress, torch.zeros(batch_size, dtype=torch.long))
+        method(views, target, progress, torch.zeros(batch_size, dtype=torch.long), range(batch_size))
         of_student = counter.get_total_flops() - of_teacher
     return Cost(of_teacher / 2 / batch_size, of_student / 2 / batch_size)
 

@@ -18,7 +18,7 @@ from tests.methods.test_methods import dino, moco, progress, some_views
 from tests.methods.test_swav import swav, unit
 from trainer.guards import FiniteGuard
 from trainer.methods.joint_embedding import Method
-from trainer.methods.losses import dino_targets, info_nce, mean_entropy, swapped_prediction
+from trainer.methods.losses import dino_targets, info_nce, mean_entropy, paired_prediction
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages
 from trainer.optim import LARS, param_groups, set_progress
@@ -105,7 +105,7 @@ def test_dino_and_swav_hold_the_logits_and_their_gradient_and_little_more() -> N
     def step() -> None:
         logits = F.linear(students, prototypes).view(views, batch, num_prototypes)
         targets = dino_targets(teacher, torch.zeros(num_prototypes), temperature=0.04)
-        of_globals, of_locals = swapped_prediction(logits, targets, temperature=0.1)
+        of_globals, of_locals = paired_prediction(logits, targets, temperature=0.1)
         del logits
         mean_entropy(targets)
         assert of_locals is not None
@@ -128,7 +128,7 @@ def test_moco_never_holds_the_logits_of_all_its_queries() -> None:
     num_globals=st.integers(2, 3), num_locals=st.integers(0, 3), batch=st.integers(1, 4), seed=st.integers(0, 2**31),
     weights=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )  # fmt: skip
-def test_swapped_predictions_gradient_is_autograds(
+def test_paired_predictions_gradient_is_autograds(
     num_globals: int, num_locals: int, batch: int, seed: int, weights: tuple[float, float]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -146,7 +146,7 @@ def test_swapped_predictions_gradient_is_autograds(
         of_locals = [value for (_, v), value in pairs.items() if v >= num_globals]
         return torch.stack(of_globals).mean(), torch.stack(of_locals).mean() if of_locals else None
 
-    (ours,) = torch.autograd.grad(total(swapped_prediction(logits, targets, temperature=0.1)), logits)
+    (ours,) = torch.autograd.grad(total(paired_prediction(logits, targets, temperature=0.1)), logits)
     (expected,) = torch.autograd.grad(total(over_pairs()), logits)
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
 
@@ -172,7 +172,7 @@ def test_bfloat16_logits_get_a_bfloat16_gradient() -> None:
     logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     exact = logits.detach().float().requires_grad_()
     targets = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    losses = [sum(swapped_prediction(x, targets, temperature=0.1), start=torch.zeros(())) for x in (logits, exact)]  # type: ignore[arg-type]
+    losses = [sum(paired_prediction(x, targets, temperature=0.1), start=torch.zeros(())) for x in (logits, exact)]  # type: ignore[arg-type]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
@@ -184,7 +184,7 @@ def test_bfloat16_logits_get_a_bfloat16_gradient() -> None:
 
 def test_a_second_backward_is_refused_rather_than_wrong() -> None:
     logits = torch.zeros(2, 1, 3, requires_grad=True)
-    loss, _ = swapped_prediction(logits, torch.full((2, 1, 3), 1 / 3), temperature=0.1)
+    loss, _ = paired_prediction(logits, torch.full((2, 1, 3), 1 / 3), temperature=0.1)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
