@@ -22,6 +22,7 @@ from trainer.recipe import Recipe, RecipeError
 from trainer.run_state import RunState, load_engine, load_generators, load_networks
 from trainer.schedules import Schedules
 from trainer.teachers.build import build_frozen
+from trainer.teachers.prototypes import check_count, give_prototypes
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -97,6 +98,7 @@ def check_backbone(recipe: Recipe) -> None:
 def check_teacher(recipe: Recipe) -> None:
     """Whether a frozen teacher can be had and fits, before anything is written; WeightsError, RecipeError if not."""
     if isinstance(recipe.teacher, Frozen):
+        check_count(recipe)
         teacher, method = build_frozen(recipe), build_method(recipe)
         hand_over_prototypes(teacher, method)
         if recipe.method.wants_tokens:
@@ -141,7 +143,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     method.to(device)
     teacher = build_teacher(recipe, method)
     if isinstance(teacher, FrozenTeacher):
-        teacher.to(device)
+        give_prototypes(recipe, teacher.to(device), device)
     hand_over_prototypes(teacher, method)
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart

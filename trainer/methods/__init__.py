@@ -4,6 +4,8 @@ from trainer.methods.dino import DINOConfig
 from trainer.methods.ibot import IBOTConfig
 from trainer.methods.moco import MoCoConfig
 from trainer.methods.msn import MSNConfig
+from trainer.methods.regression import RegressionConfig
+from trainer.methods.seed import SEEDConfig
 from trainer.methods.swav import SwAVConfig
 
-AnyMethod = DINOConfig | IBOTConfig | MoCoConfig | MSNConfig | SwAVConfig
+AnyMethod = DINOConfig | IBOTConfig | MoCoConfig | MSNConfig | RegressionConfig | SEEDConfig | SwAVConfig

@@ -28,7 +28,7 @@ def build_frozen(recipe: Recipe) -> FrozenTeacher:
         check_sizes(found.backbone, [views.global_views.size], block="teacher")
     except ValueError as error:
         raise RecipeError(f"teacher.source {config.source}: {error}") from error
-    tokens = bool(getattr(method, "wants_tokens", False))
+    tokens = method.wants_tokens
     if tokens and not hasattr(found.backbone, "num_prefix_tokens"):
         raise RecipeError(
             f"method.{method.name} compares patches, and {found.origin} has none; choose a vision transformer as "

@@ -7,10 +7,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from trainer import weights
+from trainer import published, weights
 from trainer.methods.frozen import Frozen
 from trainer.models.heads import FrozenHead
 from trainer.recipe_file import read_yaml
+from trainer.teachers import layouts
 from trainer.teachers.heads import head_of
 from trainer.weights import WeightsError
 
@@ -42,7 +43,10 @@ def find(config: Frozen) -> Found:
         return _run(path, config)
     if path.is_dir():
         return _folder(path, config)
-    raise WeightsError(f"teacher.source file:{path}: no such file or folder")
+    if not path.exists():
+        raise WeightsError(f"teacher.source file:{path}: no such file or folder")
+    network, head, std, origin = layouts.read(path, config)
+    return Found(network, head, published.MEAN, std, f"{origin}, {_describe(head)}")
 
 
 def _run(run_dir: Path, config: Frozen) -> Found:
@@ -82,13 +86,13 @@ def _read(folder: Path, method: str | None) -> Found:
             f"the folder without {weights.HEAD} for the backbone alone"
         )
     head = head_of(method, state, str(folder)) if state and method is not None else None
-    return Found(network, head, mean, std, f"{facts['architecture']} of {folder}, {_describe(head, method)}")
+    return Found(network, head, mean, std, f"{facts['architecture']} of {folder}, {_describe(head)}")
 
 
-def _describe(head: FrozenHead | None, method: str | None) -> str:
+def _describe(head: FrozenHead | None) -> str:
     if head is None:
         return "without a head"
-    return f"{method}'s head" if head.prototypes is None else f"{method}'s head, {len(head.prototypes)} prototypes"
+    return "with a head" if head.prototypes is None else f"with a head and {len(head.prototypes)} prototypes"
 
 
 def _timm(name: str, config: Frozen) -> Found:
