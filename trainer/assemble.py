@@ -22,6 +22,7 @@ from trainer.recipe import Recipe, RecipeError
 from trainer.run_state import RunState, load_engine, load_generators, load_networks
 from trainer.schedules import Schedules
 from trainer.teachers.build import build_frozen
+from trainer.teachers.cache import EmbeddingCache, open_cache
 from trainer.teachers.prototypes import check_count, give_prototypes
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Assembly:
     plain: Method
     """`method` itself, but under ZeRO 3, which keeps its parameters in pieces, a copy for `readable` to fill."""
     teacher: EMATeacher | FrozenTeacher | None
+    cache: EmbeddingCache | None
+    """Of a frozen teacher's outputs."""
     engine: "DeepSpeedEngine"
     first_step: int
     """How many steps were trained before."""
@@ -155,7 +158,8 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     if saved is not None:
         load_engine(saved, engine, method, teacher)
     load_generators(saved, recipe.seed)
-    return Assembly(loader, schedules, method, plain, teacher, engine, 0 if saved is None else saved.step)
+    cache = open_cache(recipe, plain, teacher, loader.sample_ids) if isinstance(teacher, FrozenTeacher) else None
+    return Assembly(loader, schedules, method, plain, teacher, cache, engine, 0 if saved is None else saved.step)
 
 
 def readable(run: Assembly) -> Method:

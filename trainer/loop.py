@@ -19,6 +19,7 @@ from trainer.engine import autocast, load_ds_config, rewriting, whole
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
 from trainer.guards import FiniteGuard, watchdog
+from trainer.methods.frozen import FrozenTeacher
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.models.backbones import num_features
@@ -87,7 +88,8 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
             if next_step == schedules.num_steps:
                 return True
             dog.heard()
-            batches = run.loader.epoch(epoch, start=done * optim.global_batch)
+            view_epoch = recipe.view_epoch(epoch)
+            batches = run.loader.epoch(epoch, start=done * optim.global_batch, view_epoch=view_epoch)
             clock.resume()
             for step in range(next_step, (epoch + 1) * schedules.steps_per_epoch):
                 progress = schedules.at(step)
@@ -96,7 +98,7 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                     views, batch = clock.waits_for(to_device, batches, recipe, device)
                     labels = batch.labels.to(device, non_blocking=True)
                     with precision:
-                        teacher_output = run.teacher(run.method.teacher_views(views)) if run.teacher else None
+                        teacher_output = teach(run, views, view_epoch, batch.sample_ids)
                     loss, parts, views_finite = run.engine(
                         views, teacher_output, progress, labels, batch.sample_ids.tolist()
                     )
@@ -178,6 +180,21 @@ def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) ->
         for group, params in zip(batch.views, changes, strict=True)
     ]
     return floats, batch
+
+
+def teach(run: Assembly, views: list[Tensor], view_epoch: int, sample_ids: Tensor) -> Tensor | None:
+    """The teacher's output for its views; of a frozen one with a cache, what it said of them before."""
+    if run.teacher is None:
+        return None
+    if run.cache is None:
+        output: Tensor = run.teacher(run.method.teacher_views(views))
+        return output
+    assert isinstance(run.teacher, FrozenTeacher)
+    embeddings = run.cache.read(view_epoch, sample_ids)
+    if embeddings is None:
+        embeddings = run.teacher.embed(run.method.teacher_views(views))
+        run.cache.write(view_epoch, sample_ids, embeddings)
+    return run.teacher.score(embeddings.to(views[0].device, non_blocking=True))
 
 
 def describe(progress: Progress) -> dict[str, Any]:

@@ -215,6 +215,11 @@ class Recipe:
             seed=self.seed,
         )
 
+    def view_epoch(self, epoch: int) -> int:
+        """The epoch whose views an epoch shows: its own, or an earlier one's whose teacher outputs are kept."""
+        cached = self.teacher.cache_epochs if isinstance(self.teacher, Frozen) else 0
+        return epoch % cached if cached else epoch
+
     def micro_batch(self, world: int) -> int:
         """Images a rank and micro-batch; RecipeError if the ranks do not divide the global batch."""
         pieces = self.optim.accumulation * world

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from trainer.methods.frozen import Frozen
 from trainer.recipe import ADAPTER, EVALUATION, Evaluation, Recipe, RecipeError, dataclasses_in
 
 Settings = TypeVar("Settings")
@@ -111,6 +112,9 @@ def _cross_check(recipe: Recipe) -> str | None:
             f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "
             "among them, which must not change the student; set probe=false, or optim.gradient_clipping=0"
         )
+    if isinstance(recipe.teacher, Frozen) and recipe.teacher.cache_epochs >= recipe.optim.epochs:
+        epochs = f"optim.epochs {recipe.optim.epochs}"
+        return f"teacher.cache_epochs {recipe.teacher.cache_epochs} must be below {epochs}, or nothing is read; set 0"
     if recipe.run.keep_best == "teacher" and recipe.teacher.kind != "ema":
         return (
             f"run.keep_best teacher: teacher.kind {recipe.teacher.kind} has none that learns; set run.keep_best=student"

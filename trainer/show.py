@@ -18,7 +18,7 @@ from trainer.data.contact_sheet import contact_sheet, draw_views
 from trainer.data.kernel import Kernel
 from trainer.data.order import epoch_order
 from trainer.data.subset import read_subset
-from trainer.methods.frozen import FrozenTeacher
+from trainer.methods.frozen import Frozen, FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.recipe import Recipe, RecipeError
@@ -26,6 +26,7 @@ from trainer.recipe_file import load_recipe
 from trainer.scaling import Plan
 from trainer.scaling_table import scaling_table, step_of
 from trainer.schedules import Progress
+from trainer.teachers.cache import describe, shape_of
 
 IMAGENET_1K = 1_281_167
 """Train images; what a recipe's schedule is shown for where no data are given."""
@@ -53,6 +54,9 @@ def show(
     teacher = build_teacher(recipe, method)
     console.print(parameter_table(method, teacher))
     console.print(cost_table(recipe, method, teacher))
+    if isinstance(teacher, FrozenTeacher) and isinstance(recipe.teacher, Frozen) and recipe.teacher.cache_epochs:
+        shape = shape_of(recipe, method, teacher)
+        console.print(f"teacher cache: {describe(recipe.teacher.cache_epochs, num_images_of(recipe), shape)}")
     schedule = schedule_table(recipe, steps, method)
     schedule.caption = (
         f"{recipe.data.train}" if has_data else f"no data.train given: ImageNet-1k's {IMAGENET_1K} images"
@@ -64,6 +68,14 @@ def show(
         path = out or Path(f"{recipe_path.stem}.views.png")
         save_contact_sheet(recipe, path, num_images=num_images)
         console.print(f"views of {num_images} images as training sees them in epoch 0: {path}", highlight=False)
+
+
+def num_images_of(recipe: Recipe) -> int:
+    """How many images an epoch is drawn from; ImageNet-1k's where no data are given."""
+    if recipe.data.train == NO_DATA:
+        return IMAGENET_1K
+    subset = read_subset(recipe.data.train, recipe.data.subset)
+    return open_beton(recipe.data.train).num_samples if subset is None else len(subset)
 
 
 def num_classes(recipe: Recipe) -> int:
