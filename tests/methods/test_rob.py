@@ -216,3 +216,23 @@ def test_an_ema_teacher_still_works_with_every_pairing() -> None:
         method = dino(pairing=pairing, centering="ema")
         loss = method(views(), EMATeacher(method.student)(method.teacher_views(views())), progress())
         assert loss.total.isfinite()
+
+
+@pytest.mark.parametrize("make", [ibot, msn, lambda: msn(**ROB_MSN)], ids=["ibot", "msn", "rob-msn"])
+def test_bfloat16_autocast_changes_the_loss_by_rounding_only(make: Callable[[], Method]) -> None:
+    """Temperatures of 0.025 and 0.07 follow the rounded logits; everything behind these is in full precision."""
+    method = make()
+    rob = method.config.mlp_head is not None  # type: ignore[union-attr]
+
+    def loss() -> Tensor:
+        teacher = scores().flatten(0, 1) if rob else EMATeacher(method.student)(method.teacher_views(views()))
+        return method(views(), teacher, progress(), None, range(BATCH)).total
+
+    exact = loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = loss()
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.1)
+    rounded.backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
