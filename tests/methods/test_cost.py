@@ -20,7 +20,14 @@ from tests.methods.vits import ibot, msn
 from tests.methods.vits import views as vit_views
 from trainer.guards import FiniteGuard
 from trainer.methods.joint_embedding import Method
-from trainer.methods.losses import dino_targets, info_nce, mean_entropy, paired_prediction
+from trainer.methods.losses import (
+    _WeightedPrediction,
+    dino_targets,
+    info_nce,
+    mean_entropy,
+    paired_prediction,
+    weighted_prediction,
+)
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages
 from trainer.optim import LARS, param_groups, set_progress
@@ -151,6 +158,33 @@ def test_paired_predictions_gradient_is_autograds(
     (ours,) = torch.autograd.grad(total(paired_prediction(logits, targets, temperature=0.1)), logits)
     (expected,) = torch.autograd.grad(total(over_pairs()), logits)
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 9), rows_at_once=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_weighted_predictions_gradient_is_autograds(rows: int, rows_at_once: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, 7, generator=generator).requires_grad_()
+    targets = torch.randn(rows, 7, generator=generator).mul(5).softmax(-1)
+    weights = torch.rand(rows, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_WeightedPrediction, "ROWS", rows_at_once)
+        ours = 3 * weighted_prediction(logits, targets, weights, temperature=0.2)
+    expected = 3 * F.cross_entropy(logits / 0.2, targets, reduction="none") @ weights
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_of_patches_holds_their_logits_and_their_gradient_and_a_thousand_rows() -> None:
+    rows, num_prototypes = 16 * 1024, 1024
+    targets, weights = torch.full((rows, num_prototypes), 1 / num_prototypes), torch.full((rows,), 1 / rows)
+    prototypes, students = nn.Parameter(torch.zeros(num_prototypes, 2)), torch.zeros(rows, 2)
+
+    def step() -> None:
+        weighted_prediction(F.linear(students, prototypes), targets, weights, temperature=0.1).backward()
+
+    assert peak_bytes(step) <= (2 + 3 / 16) * 4 * rows * num_prototypes + 1e6
 
 
 @settings(max_examples=25, deadline=None)

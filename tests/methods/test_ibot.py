@@ -11,7 +11,8 @@ from tests.methods.vits import COUNTS, IBOT_CONFIG, IDS, LINEAR, ibot, progress,
 from tests.oracles import dino_by_the_paper, patch_loss_by_the_paper
 from tests.spawn import run_ranks
 from trainer import distributed
-from trainer.methods.ibot import IBOT, patch_loss, predicted
+from trainer.methods.ibot import IBOT, predicted
+from trainer.methods.losses import weighted_prediction
 from trainer.methods.masks import block_masks
 from trainer.methods.teacher import EMATeacher
 from trainer.models.backbones import Backbone, Branch, build_backbone
@@ -86,7 +87,7 @@ def test_a_batch_in_which_nothing_is_masked_costs_nothing_for_patches() -> None:
     assert float(loss.parts["loss/patch"]) == 0
     loss.total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
-    assert patch_loss(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0), temperature=0.1) == 0
+    assert weighted_prediction(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0), temperature=0.1) == 0
 
 
 def test_local_views_and_the_teacher_are_never_masked() -> None:

@@ -16,7 +16,7 @@ class PendingMean:
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:
         """Take the (..., K) rows of a micro-batch."""
-        self._sums.append(rows.flatten(0, -2).sum(0, dtype=torch.float32))
+        self._sums.append(rows.sum(tuple(range(rows.ndim - 1)), dtype=torch.float32))
         self._num_rows += rows.shape[:-1].numel()
 
     @torch.no_grad()

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trainer.methods.center import PendingMean
 from trainer.methods.dino import DINO, DINOSettings
 from trainer.methods.joint_embedding import LossOut, ViewCounts, per_view, split_views
-from trainer.methods.losses import dino_targets
+from trainer.methods.losses import dino_targets, weighted_prediction
 from trainer.methods.masks import block_masks
 from trainer.models.backbones import Branch, num_features
 from trainer.models.tokens import TokenBranch, grid_of, pooled, tokens_of
@@ -101,6 +100,16 @@ class IBOT(DINO):
         if config.mask == "ibot":
             self.mask_token = nn.Parameter(torch.zeros(num_features(student.backbone)))
 
+    def teacher_patch_temp(self, progress: Progress) -> float:
+        """The teacher's temperature for patches, which warms up as long as that for class tokens."""
+        config, epochs = self.config, self.config.warmup_teacher_temp_epochs
+        return ramp(config.warmup_teacher_patch_temp, config.teacher_patch_temp, progress.epoch, epochs)
+
+    def scheduled(self, progress: Progress) -> dict[str, float]:
+        """The teacher's temperatures."""
+        of_patches = {"patch temperature": self.teacher_patch_temp(progress)} if self.config.wants_tokens else {}
+        return super().scheduled(progress) | of_patches
+
     def outputs(
         self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None
     ) -> tuple[Tensor, Projected]:
@@ -143,15 +152,10 @@ class IBOT(DINO):
         if student.patches is None or student.places is None or student.weights is None:
             return super().objective(student.class_tokens, teacher, progress)
         loss = super().objective(student.class_tokens, teacher[:, :, 0], progress)
-        config = self.config
-        temperature = ramp(
-            config.warmup_teacher_patch_temp, config.teacher_patch_temp, progress.epoch,
-            config.warmup_teacher_temp_epochs,
-        )  # fmt: skip
-        targets = dino_targets(
-            teacher.flatten(0, 2).index_select(0, student.places), self.patch_center, temperature=temperature
-        )
-        of_patches = patch_loss(student.patches, targets, student.weights, temperature=config.student_temp)
+        config, patches = self.config, teacher.flatten(0, 2).index_select(0, student.places)
+        targets = dino_targets(patches, self.patch_center, temperature=self.teacher_patch_temp(progress))
+        temperature = config.student_temp
+        of_patches = weighted_prediction(student.patches, targets, student.weights, temperature=temperature)
         if config.centering == "ema":
             self._teacher_patches.add(teacher[:, :, 1:])
         parts = loss.parts | {"loss/patch": of_patches.detach()}
@@ -176,10 +180,3 @@ def predicted(masks: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.f
     counts = masks.sum(1)
     rows = np.flatnonzero(masks)
     return rows, (1.0 / (len(masks) * counts[rows // masks.shape[1]])).astype(np.float32)
-
-
-def patch_loss(logits: Tensor, targets: Tensor, weights: Tensor, *, temperature: float) -> Tensor:
-    """Weighted sum of the cross-entropies of (M, K) logits with (M, K) targets; 0 without patches."""
-    with torch.autocast(logits.device.type, enabled=False):
-        losses = F.cross_entropy(logits.float() / temperature, targets, reduction="none")
-        return losses @ weights

@@ -117,6 +117,37 @@ def _mean(targets: Tensor, of: tuple[int, ...]) -> Tensor:
     return total.div_(len(of))
 
 
+def weighted_prediction(logits: Tensor, targets: Tensor, weights: Tensor, *, temperature: float) -> Tensor:
+    """Weighted sum of the cross-entropies of rows: (M, K) logits with (M, K) targets, (M,) weights; 0 without rows."""
+    with _full_precision(logits):
+        loss: Tensor = _WeightedPrediction.apply(logits, targets, weights, temperature)
+    return loss
+
+
+class _WeightedPrediction(torch.autograd.Function):
+    """`weighted_prediction`, whose gradient is w (softmax - target) / T, made some rows at a time."""
+
+    ROWS = 1024
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        loss = targets.new_zeros(())
+        gradient = torch.empty_like(logits)
+        for start in range(0, len(logits), _WeightedPrediction.ROWS):
+            some = slice(start, start + _WeightedPrediction.ROWS)
+            log_probs = F.log_softmax(logits[some].float() / temperature, dim=-1)
+            loss -= torch.linalg.vecdot(targets[some], log_probs) @ weights[some]
+            gradient[some] = log_probs.exp_().sub_(targets[some]).mul_(weights[some, None] / temperature)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(of_loss), None, None, None  # in place: torch refuses a second backward
+
+
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
     """Cross-entropy of finding each query's own key among the queue, one value a query; no gradient for keys and queue.
 
