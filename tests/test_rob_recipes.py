@@ -101,3 +101,8 @@ def test_no_anti_collapse_is_left_but_swavs_sinkhorn() -> None:
     msn = load(RECIPES / "rob/msn_vit_tiny.yaml").method
     assert msn.temperature * msn.sharpening == pytest.approx(0.025)  # type: ignore[union-attr]
     assert load(RECIPES / "rob/swav_resnet18.yaml").method.epsilon == 0.03  # type: ignore[union-attr]
+
+
+def test_masks_follow_the_runs_seed() -> None:
+    schedules = load(RECIPES / "ibot_vit_tiny.yaml", "seed=3").schedules(steps_per_epoch=10)
+    assert {schedules.at(step).seed for step in (0, 25)} == {3}
