@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.methods.test_methods import dino, moco, progress, some_views
 from tests.methods.test_swav import swav, unit
+from tests.methods.vits import ibot, msn
+from tests.methods.vits import views as vit_views
 from trainer.guards import FiniteGuard
 from trainer.methods.joint_embedding import Method
 from trainer.methods.losses import dino_targets, info_nce, mean_entropy, paired_prediction
@@ -50,20 +52,20 @@ class NothingIsCopied(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("make", [dino, moco, swav])
-def test_no_step_of_training_waits_for_the_device(make: type[Method]) -> None:
+@pytest.mark.parametrize("make", [dino, ibot, moco, msn, swav])
+def test_no_step_of_training_waits_for_the_device(make: Callable[[], Method]) -> None:
     """Forward, backward, optimizer, buffers, teacher, averages and guard, while queues fill and when they are full."""
     method = make()
     method.add_probe(num_classes=3)
     teacher, averages, guard = EMATeacher(method.student), Averages(), FiniteGuard()
     optimizer = LARS(param_groups(method, method.frozen_parameters()), lr=0.1, momentum=0.9)
-    labels, of_views = torch.tensor([0, 1, 2, 0]), method.teacher_views(some_views())
+    labels, views_of = torch.tensor([0, 1, 2, 0]), vit_views if make in (ibot, msn) else some_views
     with NoOperatorReads(), NothingIsCopied():
         for step in range(6):
             set_progress(optimizer, progress(epoch=1), frozen=method.frozen(progress(epoch=1)))
-            views = some_views(seed=step)
-            output = teacher(method.teacher_views(views)) if of_views else None
-            loss, parts, views_finite = method(views, output, progress(epoch=1), labels)
+            views = views_of(seed=step)
+            output = teacher(method.teacher_views(views))
+            loss, parts, views_finite = method(views, output, progress(epoch=1), labels, range(4))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

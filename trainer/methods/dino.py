@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.methods.center import PendingMean
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
+from trainer.methods.joint_embedding import (
+    LossOut,
+    Method,
+    ViewCounts,
+    check_weights,
+    split_views,
+    too_few_views,
+    weighted,
+)
 from trainer.methods.losses import Pairing, dino_targets, mean_entropy, paired_prediction
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import DINOHead, PlainMLP
@@ -56,9 +64,8 @@ class DINOSettings:
 
     def fault(self, title: str, counts: ViewCounts, teacher: str) -> str | None:
         """What is wrong with these settings in a recipe, or None."""
-        least = 2 if self.pairing == "swapped" else 1
-        if counts.global_views < least:
-            return f"{title} with pairing {self.pairing} needs at least {least} global views, got {counts.global_views}"
+        if too_few := too_few_views(title, self.pairing, counts):
+            return too_few
         if teacher == "none":
             return f"{title} needs a teacher; set teacher.kind to ema, or to frozen"
         return check_weights(self, counts)

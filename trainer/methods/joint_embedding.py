@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from trainer.methods.losses import weigh
+from trainer.methods.losses import Pairing, weigh
 from trainer.methods.probe import LinearProbe
 from trainer.models.backbones import Branch, num_features
 from trainer.schedules import Progress
@@ -152,6 +152,12 @@ def split_views(views: list[Tensor], rows: int) -> tuple[list[Tensor], list[Tens
 def per_view(rows: Tensor, batch_size: int) -> Tensor:
     """(V * B, ...) view-major rows as (V, B, ...)."""
     return rows.view(-1, batch_size, *rows.shape[1:])
+
+
+def too_few_views(title: str, pairing: Pairing, counts: ViewCounts) -> str | None:
+    """Swapped pairs need two global views."""
+    least = 2 if pairing == "swapped" else 1
+    return f"{title} needs at least {least} global views, got {counts.global_views}" if counts[0] < least else None
 
 
 class LossWeights(Protocol):

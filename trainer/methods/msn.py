@@ -17,6 +17,7 @@ from trainer.methods.joint_embedding import (
     check_weights,
     per_view,
     split_views,
+    too_few_views,
     weighted,
 )
 from trainer.methods.losses import Pairing, mean_entropy, num_without_partner, paired_prediction
@@ -75,9 +76,8 @@ class MSNConfig:
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
         """What is wrong with MSN in this recipe, or None."""
-        least = 2 if self.pairing == "swapped" else 1
-        if counts.global_views < least:
-            return f"MSN with pairing {self.pairing} needs at least {least} global views, got {counts.global_views}"
+        if too_few := too_few_views("MSN", self.pairing, counts):
+            return too_few
         if teacher == "none":
             return "MSN needs a teacher; set teacher.kind to ema, or to frozen"
         if teacher == "frozen" and self.mlp_head is None:

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
+from trainer.methods.joint_embedding import (
+    LossOut,
+    Method,
+    ViewCounts,
+    check_weights,
+    split_views,
+    too_few_views,
+    weighted,
+)
 from trainer.methods.losses import Pairing, mean_entropy, num_without_partner, paired_prediction
 from trainer.methods.queue import EmbeddingQueue
 from trainer.methods.sinkhorn import sinkhorn
@@ -68,9 +76,8 @@ class SwAVConfig:
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
         """What is wrong with SwAV in this recipe, or None."""
-        least = 2 if self.pairing == "swapped" else 1
-        if counts.global_views < least:
-            return f"SwAV with pairing {self.pairing} needs at least {least} global views, got {counts.global_views}"
+        if too_few := too_few_views("SwAV", self.pairing, counts):
+            return too_few
         fault = self._fault_without_teacher(teacher) if self.codes == "student" else self._fault_with_teacher(teacher)
         if fault is not None:
             return fault
