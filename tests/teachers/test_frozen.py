@@ -70,9 +70,7 @@ def test_an_msn_run_gives_the_cosines_with_its_prototypes(tmp_path: Path) -> Non
 
 
 def test_patches_of_a_network_without_any_are_refused(dino_run: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"method.ibot compares patches, and .* has none; choose a vision"
-    ):
+    with pytest.raises(RecipeError, match=r"method.ibot compares patches, and .* has none; choose a vision"):
         build_frozen(recipe_of(*IBOT, frozen(f"run:{dino_run}")))
 
 
