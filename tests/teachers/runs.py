@@ -25,6 +25,21 @@ SWAV = (
     "global_weight: 0.4, local_weight: 0.6}",
     "teacher={kind: none}",
 )
+VIT = (
+    "backbone.name=vit_tiny_patch16_224", "backbone.sync_batchnorm=false",
+    "backbone.args={img_size: 32, patch_size: 8, dynamic_img_size: true, embed_dim: 64, depth: 2, num_heads: 2}",
+)  # fmt: skip
+IBOT = (
+    *TINY,
+    *VIT,
+    "method={name: ibot, hidden_dim: 32, bottleneck_dim: 16, num_prototypes: 24, head_norm: false, "
+    "warmup_teacher_temp_epochs: 1, global_weight: 0.4, local_weight: 0.6}",
+)
+MSN = (
+    *TINY,
+    *VIT,
+    "method={name: msn, hidden_dim: 32, out_dim: 16, num_prototypes: 24, global_weight: 0.4, local_weight: 0.6}",
+)
 WHITENED = ("views.mean=[0.5, 0.4, 0.3]", "views.std=[0.2, 0.3, 0.1]")
 
 

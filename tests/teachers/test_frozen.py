@@ -9,9 +9,12 @@ from torch.nn import functional as F
 
 from tests.launch import DEMO, losses
 from tests.spawn import run_ranks
-from tests.teachers.runs import DINO, SWAV, WHITENED, recipe_of, write_run
+from tests.teachers.runs import DINO, IBOT, MSN, SWAV, WHITENED, recipe_of, write_run
+from trainer.assemble import build_method
 from trainer.methods.frozen import FrozenTeacher
+from trainer.methods.teacher import EMATeacher
 from trainer.recipe import RecipeError
+from trainer.scaling_table import step_of
 from trainer.teachers.build import build_frozen
 from trainer.weights import WeightsError
 
@@ -47,6 +50,39 @@ def test_a_swav_run_gives_the_scores_of_its_own_prototypes(tmp_path: Path) -> No
     scores = method.get_submodule("prototypes")(method.student(views()))
     dino = recipe_of(*DINO, frozen(f"run:{tmp_path / 'run'}"))  # any method takes scores
     torch.testing.assert_close(build_frozen(dino)(views()), scores, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ibot_run_gives_back_the_logits_of_class_token_and_patches(tmp_path: Path) -> None:
+    _, teacher = write_run(tmp_path / "run", *IBOT)
+    assert teacher is not None
+    ours = build_frozen(recipe_of(*IBOT, frozen(f"run:{tmp_path / 'run'}")))
+    assert ours(views()).shape == (6, 1 + 16, 24)
+    torch.testing.assert_close(ours(views()), teacher(views()), rtol=1e-4, atol=1e-5)
+
+
+def test_an_msn_run_gives_the_cosines_with_its_prototypes(tmp_path: Path) -> None:
+    method, teacher = write_run(tmp_path / "run", *MSN)
+    assert teacher is not None
+    cosines = method.get_submodule("prototypes")(teacher(views()))
+    for name in ("run:{}", "file:{}/weights/teacher"):
+        ours = build_frozen(recipe_of(*DINO, frozen(name.format(tmp_path / "run"))))
+        torch.testing.assert_close(ours(views()), cosines, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_of_a_network_without_any_are_refused(dino_run: Path) -> None:
+    with pytest.raises(RecipeError, match=r"method.ibot compares patches, and .* has none; choose a vision"):
+        build_frozen(recipe_of(*IBOT, frozen(f"run:{dino_run}")))
+
+
+def test_nothing_is_gathered_for_a_teacher_that_does_not_follow(dino_run: Path) -> None:
+    recipe = recipe_of(*DINO, frozen(f"run:{dino_run}"))
+    method, teacher = build_method(recipe), build_frozen(recipe)
+    step = step_of(recipe, method, teacher, num_classes=None)
+    assert step.num_teacher == sum(p.numel() for p in teacher.parameters()), "it is kept all the same"
+    followed = step_of(recipe, method, EMATeacher(method.student), num_classes=None)
+    sent = [[c.num_bytes * c.times for c in each.collectives(3, 2, 4)[0]] for each in (step, followed)]
+    assert sent[0][1] == 0 < sent[1][1]
+    assert sent[0][0] == sent[1][0]
 
 
 def test_a_weights_folder_is_a_teacher_with_the_head_that_it_holds(dino_run: Path) -> None:

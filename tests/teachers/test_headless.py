@@ -1,5 +1,6 @@
 """Teachers without a head: features as they are, or prototypes fitted on them; never a random head."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from tests.launch import DEMO, TINY, losses, metrics
 from tests.spawn import run_ranks
 from tests.teachers.runs import DINO, recipe_of, write_run
 from tests.teachers.test_frozen import frozen, views
+from tests.test_rob_recipes import RECIPES, load
 from trainer.assemble import check_teacher
 from trainer.methods.frozen import Fit
+from trainer.models.backbones import build_backbone
 from trainer.recipe import RecipeError
 from trainer.teachers.build import build_frozen
 from trainer.teachers.prototypes import fit
@@ -134,3 +137,15 @@ def test_a_run_goes_on_with_the_prototypes_that_it_fitted(runs: Path) -> None:
     assert times[0][:6] == times[1][:6]
     assert times[0][6:] != times[1][6:], "the second half was not trained again"
     assert losses(runs / "resumed") == losses(runs / "fitted")
+
+
+@pytest.mark.parametrize("name", ["regression_resnet18", "smoke/regression"])
+def test_the_recipe_and_every_variant_of_its_header_can_be_built(name: str) -> None:
+    path = RECIPES / f"{name}.yaml"
+    lines = path.read_text().splitlines()
+    offered = [re.split(r" (?=teacher\.)", line[line.index("method=") :]) for line in lines if ": method={" in line]
+    assert offered, "SEED at least"
+    for overrides in ([], *offered):
+        recipe = load(path, *overrides)
+        with torch.device("meta"):
+            recipe.method.build(build_backbone(recipe.backbone), recipe.views.counts)

@@ -113,9 +113,7 @@ def _make(folder: Path, facts: dict[str, Any], epochs: int, num_samples: int, sh
     try:
         if size > free:
             raise OSError(f"{free / 1e9:.3g} GB are free")
-        for name, part in ((ROWS, size - 4 * epochs * num_samples), (SUMS, 4 * epochs * num_samples)):
-            with (folder / name).open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, part)  # a full disk found later would kill ranks by SIGBUS
+        create_files(folder, epochs=epochs, num_samples=num_samples, shape=shape)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         return (
@@ -124,6 +122,14 @@ def _make(folder: Path, facts: dict[str, Any], epochs: int, num_samples: int, sh
         )
     write_json(made_of, facts)
     return None
+
+
+def create_files(folder: Path, *, epochs: int, num_samples: int, shape: tuple[int, ...]) -> None:
+    """Empty files with their room reserved: a full disk found later would kill ranks by SIGBUS. raises: OSError"""
+    sums = 4 * epochs * num_samples
+    for name, size in ((ROWS, sums * math.prod(shape)), (SUMS, sums)):
+        with (folder / name).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def describe(epochs: int, num_samples: int, shape: tuple[int, ...]) -> str:
