@@ -13,7 +13,7 @@ from trainer.methods.center import PendingMean
 from trainer.methods.dino import DINO, DINOSettings
 from trainer.methods.joint_embedding import LossOut, ViewCounts, per_view, split_views
 from trainer.methods.losses import dino_targets, weighted_prediction
-from trainer.methods.masks import block_masks
+from trainer.methods.masks import block_masks, on_device
 from trainer.models.backbones import Branch, num_features
 from trainer.models.tokens import TokenBranch, grid_of, pooled, tokens_of
 from trainer.schedules import Progress, ramp
@@ -123,7 +123,7 @@ class IBOT(DINO):
         masks, hidden = self._masks(images, progress, sample_ids)
         tokens = tokens_of(network, images, masked=hidden, mask_token=self.mask_token)
         features = torch.cat([pooled(network, tokens), *(network(group) for group in local_views)])
-        rows, weights = (torch.from_numpy(array).to(images.device) for array in predicted(masks))
+        rows, weights = (on_device(array, images.device) for array in predicted(masks))
         places = rows + rows // masks.shape[1] + 1  # behind each image's class token
         patches = tokens[:, network.num_prefix_tokens :].flatten(0, 1).index_select(0, rows)
         logits = self.student.head(torch.cat([features, patches]))
@@ -143,7 +143,7 @@ class IBOT(DINO):
             sample_ids, num_views=num_views, grid=(high, wide), prob=config.mask_prob, ratio=config.mask_ratio,
             seed=progress.seed, epoch=progress.epoch,
         )  # fmt: skip
-        return masks, torch.from_numpy(masks).to(images.device)
+        return masks, on_device(masks, images.device)
 
     def objective(self, student: Tensor | Projected, teacher: Tensor | None, progress: Progress) -> LossOut:
         """DINO's loss of the class tokens, and the patches' with the teacher's patches at the same places."""

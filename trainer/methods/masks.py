@@ -6,9 +6,12 @@ the same in every numpy. So masks depend neither on ranks nor on pauses.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 BLOCKS, DROPS = 1, 2
 """Kinds of draws; the order of an epoch (trainer/data/order.py) is kind 0."""
@@ -68,6 +71,12 @@ def kept_patches(num_patches: int, *, drop: float, seed: int, step: int) -> NDAr
     """
     words = _philox(seed, step, kind=DROPS, sample=0, view=0).random_raw(num_patches)
     return np.argsort(words, kind="stable")[: math.floor((1 - drop) * num_patches)].astype(np.int64, copy=False)
+
+
+def on_device(drawn: NDArray[Any], device: torch.device) -> Tensor:
+    """The same on the device; the host would wait for all that the device has to do if the memory were pageable."""
+    tensor = torch.from_numpy(drawn)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _uniforms(seed: int, epoch: int, *, kind: int, sample: int, view: int) -> Iterator[float]:

@@ -21,7 +21,7 @@ from trainer.methods.joint_embedding import (
     weighted,
 )
 from trainer.methods.losses import Pairing, mean_entropy, num_without_partner, paired_prediction
-from trainer.methods.masks import kept_patches
+from trainer.methods.masks import kept_patches, on_device
 from trainer.methods.sinkhorn import sinkhorn
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import CosinePrototypes, MSNHead, PlainMLP
@@ -136,8 +136,8 @@ class MSN(Method):
             self.student_views(views), (self.counts.global_views - self.num_skipped) * batch
         )
         num_patches = math.prod(grid_of(network, images))
-        kept = torch.from_numpy(kept_patches(num_patches, drop=drop, seed=progress.seed, step=progress.step))
-        tokens = tokens_of(network, images, kept=kept.to(images.device))
+        kept = kept_patches(num_patches, drop=drop, seed=progress.seed, step=progress.step)
+        tokens = tokens_of(network, images, kept=on_device(kept, images.device))
         features = torch.cat([pooled(network, tokens), *(network(group) for group in local_views)])
         return features, per_view(self.student.head(features), batch)
 
