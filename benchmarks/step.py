@@ -177,7 +177,7 @@ def ours(recipe: Recipe, folder: Path) -> Case:
         set_progress(engine.optimizer, progress, frozen=method.frozen(progress))
         with precision:
             teacher_output = teacher(method.teacher_views(views))
-        loss, parts, _ = engine(views, teacher_output, progress, labels)
+        loss, parts, _ = engine(views, teacher_output, progress, labels, range(recipe.optim.global_batch))
         engine.backward(loss)
         engine.step()
         averages.add({"loss": loss, **parts, "bad_images_per_batch": 0})

@@ -89,3 +89,57 @@ def knn_by_the_paper(bank: Tensor, labels: Tensor, query: Tensor, k: int, temper
     for index in similarity.argsort(descending=True)[:k].tolist():
         votes[int(labels[index])] += math.exp(similarity[index].item() / temperature)
     return votes.index(max(votes))
+
+
+def pairs_of(pairing: str, num_views: int, num_targets: int) -> list[tuple[int, int]]:
+    """(teacher view, student view) of every term; num_targets views of the teacher, num_views of the student."""
+    locals_too = range(num_targets, num_views)
+    if pairing == "same_view":
+        return [(g, v) for g in range(num_targets) for v in (g, *locals_too)]
+    return [(g, v) for g in range(num_targets) for v in range(num_views) if v != g]
+
+
+def rob_by_the_paper(student: Tensor, targets: Tensor, temperature: float, pairing: str) -> float:
+    """RoB's plain mean over all its terms; student logits (V, B, K), targets (T, B, K)."""
+    terms = []
+    for g, v in pairs_of(pairing, len(student), len(targets)):
+        for q, s in zip(targets[g].double(), student[v].double(), strict=True):
+            terms.append(-(q * softmax(s / temperature).log()).sum().item())
+    return sum(terms) / len(terms)
+
+
+def patch_loss_by_the_paper(
+    student: Tensor, teacher: Tensor, center: Tensor, masks: Tensor, student_temp: float, teacher_temp: float
+) -> float:
+    """iBOT's loss of masked patches: over those of an image, over images, over views; (G, B, N, K), masks (G, B, N)."""
+    of_views = []
+    for view_s, view_t, view_masks in zip(student.double(), teacher.double(), masks, strict=True):
+        of_images = []
+        for image_s, image_t, mask in zip(view_s, view_t, view_masks, strict=True):
+            terms = [
+                -(softmax((t - center.double()) / teacher_temp) * softmax(s / student_temp).log()).sum().item()
+                for s, t, hidden in zip(image_s, image_t, mask, strict=True)
+                if hidden
+            ]
+            of_images.append(sum(terms) / max(1, len(terms)))
+        of_views.append(sum(of_images) / len(of_images))
+    return sum(of_views) / len(of_views)
+
+
+def msn_targets_by_the_paper(cosines: Tensor, temperature: float, sharpening: float, iterations: int) -> Tensor:
+    """Probabilities sharpened by an exponent, then balanced; (B, K) -> (B, K)."""
+    probabilities = torch.stack([softmax(row / temperature) for row in cosines.double()])
+    sharp = probabilities ** (1 / sharpening)
+    sharp = sharp / sharp.sum(1, keepdim=True)
+    batch, prototypes = sharp.shape
+    sharp = sharp / sharp.sum()
+    for _ in range(iterations):
+        sharp = sharp / sharp.sum(0, keepdim=True) / prototypes
+        sharp = sharp / sharp.sum(1, keepdim=True) / batch
+    return sharp * batch if iterations else sharp / sharp.sum(1, keepdim=True)
+
+
+def me_max_by_the_paper(student: Tensor, temperature: float) -> float:
+    """ln K minus the entropy of the mean prediction over (V, B, K) logits."""
+    mean = torch.stack([softmax(row / temperature) for row in student.double().flatten(0, 1)]).mean(0)
+    return math.log(len(mean)) + sum(float(p) * math.log(p) for p in mean)

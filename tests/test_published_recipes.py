@@ -12,7 +12,7 @@ from trainer.recipe import Recipe
 from trainer.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ROWS = sorted(RECIPES.glob("*.yaml"))
+ROWS = sorted(path for path in RECIPES.glob("*.yaml") if path.stem.endswith(("_baseline", "_sslight")))
 PAIRS = sorted({path.stem.rsplit("_", 1)[0] for path in ROWS})
 
 

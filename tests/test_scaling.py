@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.launch import DEMO, TINY, TINY_MOCO
 from tests.spawn import run_ranks
-from tests.test_equivalence import CONFIGS, DINO, LIVELY, SWAV
+from tests.test_equivalence import CONFIGS, DINO, LIVELY, SWAV, VIT
+from tests.test_rob_training import OWN
 from trainer.__main__ import main
 from trainer.assemble import build_method, build_teacher
 from trainer.engine import zero_stage
@@ -113,6 +114,8 @@ CASES: dict[str, tuple[tuple[str, ...], Path]] = {
     "moco-accumulated": ((*TINY_MOCO, "optim.accumulation=2"), CONFIGS / "zero1.json"),
     "dino-probe": ((*TINY, DINO, "probe=true"), CONFIGS / "zero0.json"),
     "swav": ((*TINY, *SWAV), CONFIGS / "zero0.json"),
+    "ibot": ((*TINY, *VIT, *OWN["ibot"][0]), CONFIGS / "zero0.json"),
+    "msn": ((*TINY, *VIT, *OWN["msn"][0]), CONFIGS / "zero0.json"),
 }
 
 

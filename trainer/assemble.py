@@ -13,6 +13,7 @@ from trainer.data.loader import ViewLoader
 from trainer.data.subset import read_subset
 from trainer.engine import build_engine, whole, zero_stage
 from trainer.generators import seed_everything
+from trainer.methods.frozen import Frozen, FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
@@ -20,6 +21,9 @@ from trainer.optim import build_optimizer, param_groups
 from trainer.recipe import Recipe, RecipeError
 from trainer.run_state import RunState, load_engine, load_generators, load_networks
 from trainer.schedules import Schedules
+from trainer.teachers.build import build_frozen
+from trainer.teachers.cache import EmbeddingCache, open_cache
+from trainer.teachers.prototypes import check_count, give_prototypes
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,7 +38,9 @@ class Assembly:
     method: Method
     plain: Method
     """`method` itself, but under ZeRO 3, which keeps its parameters in pieces, a copy for `readable` to fill."""
-    teacher: EMATeacher | None
+    teacher: EMATeacher | FrozenTeacher | None
+    cache: EmbeddingCache | None
+    """Of a frozen teacher's outputs."""
     engine: "DeepSpeedEngine"
     first_step: int
     """How many steps were trained before."""
@@ -79,15 +85,52 @@ def count_classes(beton: BetonInfo) -> int:
 
 
 def check_backbone(recipe: Recipe) -> None:
-    """Whether the network takes every size that the recipe will give it; RecipeError if it does not."""
+    """Whether the network takes every size and does all that the method asks of it; RecipeError if it does not."""
     views, knn = recipe.views, recipe.evals.knn
     sizes = {group.size for group in (views.global_views, views.local_views) if group.count}
     if recipe.data.val is not None and knn.every_epochs:
         sizes.add(knn.size)
     try:
-        check_sizes(build_backbone(recipe.backbone), sizes)
+        network = build_backbone(recipe.backbone)
+        check_sizes(network, sizes)
+        recipe.method.build(network, recipe.views.counts)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Whether a frozen teacher can be had and fits, before anything is written; WeightsError, RecipeError if not."""
+    if isinstance(recipe.teacher, Frozen):
+        check_count(recipe)
+        teacher, method = build_frozen(recipe), build_method(recipe)
+        hand_over_prototypes(teacher, method)
+        if recipe.method.wants_tokens:
+            _check_patches(recipe, teacher, method)
+
+
+@torch.no_grad()
+def _check_patches(recipe: Recipe, teacher: FrozenTeacher, method: Method) -> None:
+    """A patch of the student's must be one of the teacher's."""
+    size = recipe.views.global_views.size
+    image = torch.zeros(1, 3, size, size)
+    of_teacher, of_student = teacher.embed([image]).shape[1] - 1, method.student([image]).shape[1] - 1
+    if of_teacher != of_student:
+        raise RecipeError(
+            f"method.{recipe.method.name} compares patches, and a view of {size} px has {of_student} for the student, "
+            f"{of_teacher} for the teacher; take a backbone with the teacher's patch size, or set method.patch_weight=0"
+        )
+
+
+def hand_over_prototypes(teacher: EMATeacher | FrozenTeacher | None, method: Method) -> None:
+    """A frozen teacher's prototypes, for methods that score the student's embeddings against them.
+
+    raises: RecipeError if they are not as wide as these
+    """
+    if isinstance(teacher, FrozenTeacher) and teacher.head.prototypes is not None:
+        try:
+            method.adopt(teacher.head.prototypes)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
 
 
 def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, saved: RunState | None) -> Assembly:
@@ -102,6 +145,9 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
         synchronise_batchnorm(method, device)
     method.to(device)
     teacher = build_teacher(recipe, method)
+    if isinstance(teacher, FrozenTeacher):
+        give_prototypes(recipe, teacher.to(device), device)
+    hand_over_prototypes(teacher, method)
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
@@ -112,7 +158,8 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     if saved is not None:
         load_engine(saved, engine, method, teacher)
     load_generators(saved, recipe.seed)
-    return Assembly(loader, schedules, method, plain, teacher, engine, 0 if saved is None else saved.step)
+    cache = open_cache(recipe, plain, teacher, loader.sample_ids) if isinstance(teacher, FrozenTeacher) else None
+    return Assembly(loader, schedules, method, plain, teacher, cache, engine, 0 if saved is None else saved.step)
 
 
 def readable(run: Assembly) -> Method:
@@ -138,8 +185,10 @@ def build_method(recipe: Recipe, *, num_classes: int | None = None) -> Method:
     return method
 
 
-def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | None:
+def build_teacher(recipe: Recipe, method: Method) -> EMATeacher | FrozenTeacher | None:
     """The teacher that a run of the recipe starts with."""
+    if isinstance(recipe.teacher, Frozen):
+        return build_frozen(recipe)
     return EMATeacher(method.student) if isinstance(recipe.teacher, EMA) else None
 
 

@@ -106,7 +106,8 @@ def _calls(recipe: Recipe, num_classes: int | None, *, images: int) -> tuple[lis
     with _pretend_ranks(), Recorder() as recorder:
         for _ in range(recipe.optim.accumulation):
             target = None if teacher is None else teacher(method.teacher_views(views))
-            loss: Tensor = method(views, target, progress, torch.zeros(images, dtype=torch.long)).total
+            labels = torch.zeros(images, dtype=torch.long)
+            loss: Tensor = method(views, target, progress, labels, range(images)).total
             loss.backward()  # type: ignore[no-untyped-call]
         method.after_step(applied=True)
     return recorder.calls, norm

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, distributed, run_dir, weights
-from trainer.assemble import Assembly, assemble, check_backbone, count_steps, readable
+from trainer.assemble import Assembly, assemble, check_backbone, check_teacher, count_steps, readable
 from trainer.data.loader import Batch
 from trainer.data.photometric import to_float
 from trainer.engine import autocast, load_ds_config, rewriting, whole
 from trainer.evals.knn import evaluate_branches
 from trainer.evals.probe import evaluate_probe
 from trainer.guards import FiniteGuard, watchdog
+from trainer.methods.frozen import FrozenTeacher
+from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages, MetricLog, StepClock
 from trainer.models.backbones import num_features
 from trainer.optim import set_progress
@@ -36,13 +38,14 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     """Train to the recipe's last epoch, from the newest checkpoint in run.dir if there is one.
 
     returns: whether it came to the end; False if it was asked to stop, and saved what it had
-    raises: RecipeError, DSConfigError, BetonError, RunDirError, StateError before the first step; DataError and
-    TrainingError during training; CheckpointError at any time
+    raises: RecipeError, WeightsError, DSConfigError, BetonError, RunDirError, StateError before the first step;
+    DataError and TrainingError during training; CheckpointError at any time
     """
     device = distributed.local_device()
     ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
     count_steps(recipe)
     check_backbone(recipe)
+    check_teacher(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
     with run_dir.held(folder):
@@ -85,25 +88,29 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
             if next_step == schedules.num_steps:
                 return True
             dog.heard()
-            batches = run.loader.epoch(epoch, start=done * optim.global_batch)
+            view_epoch = recipe.view_epoch(epoch)
+            batches = run.loader.epoch(epoch, start=done * optim.global_batch, view_epoch=view_epoch)
             clock.resume()
             for step in range(next_step, (epoch + 1) * schedules.steps_per_epoch):
                 progress = schedules.at(step)
                 set_progress(run.engine.optimizer, progress, frozen=run.method.frozen(progress))
                 for _ in range(optim.accumulation):
-                    views, labels, num_bad = clock.waits_for(to_device, batches, recipe, device)
+                    views, batch = clock.waits_for(to_device, batches, recipe, device)
+                    labels = batch.labels.to(device, non_blocking=True)
                     with precision:
-                        teacher_output = run.teacher(run.method.teacher_views(views)) if run.teacher else None
-                    loss, parts, views_finite = run.engine(views, teacher_output, progress, labels)
+                        teacher_output = teach(run, views, view_epoch, batch.sample_ids)
+                    loss, parts, views_finite = run.engine(
+                        views, teacher_output, progress, labels, batch.sample_ids.tolist()
+                    )
                     run.engine.backward(loss)
                     run.engine.step()
                     guard.see(step, loss, views_finite, teacher_output)
-                    averages.add({"loss": loss, **parts, "bad_images_per_batch": num_bad})
+                    averages.add({"loss": loss, **parts, "bad_images_per_batch": batch.num_bad})
                 applied = run.engine.was_step_applied()
                 guard.count(applied=applied)
                 with rewriting(run.engine, run.method.rewritten_parameters()):
                     run.method.after_step(applied=applied)
-                if run.teacher is not None and applied:
+                if isinstance(run.teacher, EMATeacher) and applied:
                     with whole(run.engine, run.method.student.parameters()):
                         run.teacher.follow(run.method.student, progress.momentum)
                 clock.tick()
@@ -150,7 +157,8 @@ def evaluate(recipe: Recipe, run: Assembly, epoch: int, device: torch.device) ->
     due = due_evaluations(recipe, epoch)
     accuracies: dict[str, float] = {}
     if "knn" in due:
-        accuracies |= evaluate_branches(recipe, readable(run), run.teacher, device)
+        moving = run.teacher if isinstance(run.teacher, EMATeacher) else None  # a frozen one would never change
+        accuracies |= evaluate_branches(recipe, readable(run), moving, device)
     if "probe" in due:
         accuracies |= evaluate_probe(recipe, readable(run), device)
     return accuracies
@@ -163,15 +171,30 @@ def brief(accuracies: dict[str, float]) -> str:
     )
 
 
-def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Tensor, int]:
-    """The next batch: normalised views, one (V_i * B, 3, S_i, S_i) tensor per size; labels; number of bad images."""
+def to_device(batches: Iterator[Batch], recipe: Recipe, device: torch.device) -> tuple[list[Tensor], Batch]:
+    """The next batch's normalised views, one (V_i * B, 3, S_i, S_i) tensor per size, and the batch itself."""
     batch, views = next(batches), recipe.views
     changes = batch.params or repeat(None, len(batch.views))  # photometric ones, where the device makes them
     floats = [
         to_float(group, device, views.mean, views.std, params=params)
         for group, params in zip(batch.views, changes, strict=True)
     ]
-    return floats, batch.labels.to(device, non_blocking=True), batch.num_bad
+    return floats, batch
+
+
+def teach(run: Assembly, views: list[Tensor], view_epoch: int, sample_ids: Tensor) -> Tensor | None:
+    """The teacher's output for its views; of a frozen one with a cache, what it said of them before."""
+    if run.teacher is None:
+        return None
+    if run.cache is None:
+        output: Tensor = run.teacher(run.method.teacher_views(views))
+        return output
+    assert isinstance(run.teacher, FrozenTeacher)
+    embeddings = run.cache.read(view_epoch, sample_ids)
+    if embeddings is None:
+        embeddings = run.teacher.embed(run.method.teacher_views(views))
+        run.cache.write(view_epoch, sample_ids, embeddings)
+    return run.teacher.score(embeddings.to(views[0].device, non_blocking=True))
 
 
 def describe(progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,8 @@ _HARMLESS = {
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
 
+_OLD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+
 
 class PickleError(ValueError):
     """A file that cannot be read, or not safely."""
@@ -36,11 +38,11 @@ def load_without_code(path: Path) -> tuple[Any, set[str]]:
     torch's own weights_only mode refuses what holds a class derived from dict, as the published files' config is.
     raises: PickleError if the file is damaged or none of torch's
     """
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise PickleError(f"{path}: wanted a checkpoint as torch.save writes since 1.6 (a zip file)")
-    with zipfile.ZipFile(path) as archive:
-        if any(name.endswith("constants.pkl") for name in archive.namelist()):
-            raise PickleError(f"{path}: is a TorchScript program; wanted a checkpoint of tensors")
+    is_zip = path.is_file() and zipfile.is_zipfile(path)
+    if not is_zip and not _is_old(path):
+        raise PickleError(f"{path}: wanted a checkpoint of torch.save (a zip file; a pickle before torch 1.6)")
+    if is_zip and _is_program(path):
+        raise PickleError(f"{path}: is a TorchScript program; wanted a checkpoint of tensors")
     refused: set[str] = set()
 
     class Unpickler(pickle.Unpickler):
@@ -51,9 +53,23 @@ def load_without_code(path: Path) -> tuple[Any, set[str]]:
 
     restricted = ModuleType("restricted_pickle")
     restricted.Unpickler = Unpickler  # type: ignore[attr-defined]
+    restricted.load = lambda file, **settings: Unpickler(file, **settings).load()  # type: ignore[attr-defined]
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=restricted)
+        tree = torch.load(path, map_location="cpu", weights_only=False, mmap=is_zip, pickle_module=restricted)
     except Exception as error:  # a damaged or hostile file may make the unpickler fail in any way
         asked = f"; it asks for {', '.join(sorted(refused))}" if refused else ""
         raise PickleError(f"{path}: cannot be read: {type(error).__name__}: {error}{asked}") from error
     return tree, refused
+
+
+def _is_old(path: Path) -> bool:
+    """Whether torch wrote it before 1.6; the first pickle of such a file is a number."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_OLD)) == _OLD
+
+
+def _is_program(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())

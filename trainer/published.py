@@ -75,12 +75,12 @@ def import_weights(source: Path, folder: Path, backbone: str | None = None) -> N
     if folder.exists() and any(folder.iterdir()):
         raise WeightsError(f"{folder}: wanted a new or empty folder for the weights; give another, or remove it")
     checkpoint = read(source)
-    name = backbone or _recognise(source, checkpoint.backbones["student"])
+    name = backbone or recognise(source, checkpoint.backbones["student"])
     spec = Backbone(name=name, init="timm", args=BACKBONES.get(name, {}))
     networks = {branch: fill(spec, state, f"{source}: {branch}") for branch, state in checkpoint.backbones.items()}
     for branch, network in networks.items():
         weights.save_backbone(folder / branch, network, spec, size=224, mean=MEAN, std=STD)
-        weights.save_head(folder / branch, checkpoint.heads[branch])
+        weights.save_head(folder / branch, checkpoint.heads[branch], checkpoint.method)
     origin = {"file": source.name, "sha256": weights.sha256(source)}
     facts = {name: getattr(checkpoint, name) for name in ("method", "epoch", "steps", "left_out")}
     write_json(folder / SOURCE, origin | facts)
@@ -150,13 +150,14 @@ def _wanted() -> str:
     return " or ".join(f"{' + '.join(names.values())} ({method})" for method, names in METHODS.items())
 
 
-def _recognise(path: Path, state: dict[str, Tensor]) -> str:
+def recognise(path: Path, state: dict[str, Tensor]) -> str:
+    """The one published network that every tensor of a backbone fits; WeightsError if there is none."""
     fitting = [name for name in BACKBONES if fault(_expected(name), state) is None]
     if len(fitting) != 1:
         known = ", ".join(f"{name} ({len(_expected(name))})" for name in BACKBONES)
         raise WeightsError(
-            f"{path}: its {len(state)} backbone tensors fit none of {known}; name the network with --backbone, which "
-            "then says what does not fit"
+            f"{path}: its {len(state)} backbone tensors fit none of {known}; name the network with --backbone (of a "
+            "teacher: teacher.name), which then says what does not fit"
         )
     return fitting[0]
 

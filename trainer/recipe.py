@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from trainer.data.views import View
 from trainer.methods import AnyMethod
+from trainer.methods.frozen import Frozen
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.teacher import EMA
 from trainer.models.backbones import Backbone
@@ -177,7 +178,7 @@ class NoTeacher:
     kind: Literal["none"]
 
 
-Teacher = Annotated[EMA | NoTeacher, Field(discriminator="kind")]
+Teacher = Annotated[EMA | Frozen | NoTeacher, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +212,13 @@ class Recipe:
             final_weight_decay=optim.final_weight_decay,
             momentum=moving.momentum,
             final_momentum=moving.final_momentum,
+            seed=self.seed,
         )
+
+    def view_epoch(self, epoch: int) -> int:
+        """The epoch whose views an epoch shows: its own, or an earlier one's whose teacher outputs are kept."""
+        cached = self.teacher.cache_epochs if isinstance(self.teacher, Frozen) else 0
+        return epoch % cached if cached else epoch
 
     def micro_batch(self, world: int) -> int:
         """Images a rank and micro-batch; RecipeError if the ranks do not divide the global batch."""

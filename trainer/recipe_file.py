@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from trainer.methods.frozen import Frozen
 from trainer.recipe import ADAPTER, EVALUATION, Evaluation, Recipe, RecipeError, dataclasses_in
 
 Settings = TypeVar("Settings")
@@ -111,8 +112,13 @@ def _cross_check(recipe: Recipe) -> str | None:
             f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "
             "among them, which must not change the student; set probe=false, or optim.gradient_clipping=0"
         )
-    if recipe.run.keep_best == "teacher" and recipe.teacher.kind == "none":
-        return "run.keep_best teacher: this recipe has no teacher; set run.keep_best=student"
+    if isinstance(recipe.teacher, Frozen) and recipe.teacher.cache_epochs >= recipe.optim.epochs:
+        epochs = f"optim.epochs {recipe.optim.epochs}"
+        return f"teacher.cache_epochs {recipe.teacher.cache_epochs} must be below {epochs}, or nothing is read; set 0"
+    if recipe.run.keep_best == "teacher" and recipe.teacher.kind != "ema":
+        return (
+            f"run.keep_best teacher: teacher.kind {recipe.teacher.kind} has none that learns; set run.keep_best=student"
+        )
     return None
 
 
@@ -146,10 +152,12 @@ def _hint(location: tuple[str, ...]) -> str:
 def _block(parents: list[str]) -> Any:
     """The dataclass that a path of keys leads to; in a tagged block the second part is the tag."""
     kind: Any = Recipe
+    tagged: list[type] = []
     for depth, part in enumerate(parents):
+        if depth == 1 and tagged:
+            kind = next(m for m in tagged if any(part in typing.get_args(h) for h in typing.get_type_hints(m).values()))
+            continue
         members = dataclasses_in(typing.get_type_hints(kind, include_extras=True).get(part))
-        if depth == 0 and part in TAGGED:
-            tag = parents[1] if len(parents) > 1 else ""
-            return next(m for m in members if any(tag in typing.get_args(h) for h in typing.get_type_hints(m).values()))
+        tagged = members if depth == 0 and part in TAGGED else []
         kind = members[0]
     return kind

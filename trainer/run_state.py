@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.generators import read_generators, seed_everything, set_generators
+from trainer.methods.frozen import FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
 from trainer.models.norm import statistics_of_this_rank
@@ -22,6 +23,7 @@ from trainer.partitions import pieces
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+Teacher = EMATeacher | FrozenTeacher | None
 COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
 """What DeepSpeed counts; accumulation and its own log follow them."""
 STEP = "step"
@@ -34,7 +36,7 @@ class StateError(ValueError):
 
 @torch.no_grad()
 def capture(
-    engine: "DeepSpeedEngine", method: Method, teacher: EMATeacher | None, untrained: Mapping[str, Tensor]
+    engine: "DeepSpeedEngine", method: Method, teacher: Teacher, untrained: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """This rank's share of the state, as views into what goes on changing: copy it before the next step.
 
@@ -44,7 +46,7 @@ def capture(
         "pieces": _pieces(engine) if distributed.is_main() or engine.zero_optimization_stage() > 0 else {},
         "generators": read_generators(),
         "method_statistics": statistics_of_this_rank(method),
-        "teacher_statistics": {} if teacher is None else statistics_of_this_rank(teacher),
+        "teacher_statistics": statistics_of_this_rank(teacher) if isinstance(teacher, EMATeacher) else {},
     }
     if not distributed.is_main():
         return mine
@@ -54,7 +56,8 @@ def capture(
     return mine | {
         "names": list(whole),
         "method": {name: value for name, value in whole.items() if name not in parameters} | dict(untrained),
-        "teacher": None if teacher is None else dict(teacher.state_dict()),
+        "teacher": dict(teacher.state_dict()) if isinstance(teacher, EMATeacher) else None,
+        "frozen_teacher": teacher.digest if isinstance(teacher, FrozenTeacher) else None,
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "grad_scaler": None if scaler is None else scaler.state_dict(),
     }
@@ -100,6 +103,11 @@ class RunState:
         state: dict[str, Tensor] | None = self.ranks[0]["teacher"]
         return state
 
+    def frozen_teacher(self) -> str | None:
+        """The hash of a teacher that is not in the checkpoint, since nothing changes it."""
+        digest: str | None = self.ranks[0].get("frozen_teacher")
+        return digest
+
     def optimizer(self, name: str, start: int, size: int) -> dict[str, Tensor]:
         """Elements [start, start + size) of every optimizer state of one parameter; its STEP as it is."""
         found = self._of(name)
@@ -139,7 +147,7 @@ def _steps(found: list[dict[str, Any]], name: str) -> dict[str, Tensor]:
     return {STEP: steps[0]} if steps else {}
 
 
-def load_networks(state: RunState, method: Method, teacher: EMATeacher | None) -> None:
+def load_networks(state: RunState, method: Method, teacher: Teacher) -> None:
     """Give method and teacher their weights and buffers, before an engine takes its own copies of them.
 
     raises: StateError if they are other networks
@@ -147,14 +155,19 @@ def load_networks(state: RunState, method: Method, teacher: EMATeacher | None) -
     saved_teacher = state.teacher()
     try:
         method.load_state_dict(state.method())
-        if teacher is not None:
+        if isinstance(teacher, EMATeacher):
             teacher.load_state_dict(saved_teacher or {})
     except RuntimeError as error:
         raise StateError(f"the checkpoint's networks are not this run's: {error}") from error
+    if isinstance(teacher, FrozenTeacher) and teacher.digest != state.frozen_teacher():
+        raise StateError(
+            f"the run was trained with a frozen teacher of hash {state.frozen_teacher()}, and its source now gives "
+            f"{teacher.digest}; bring the old one back, or start a new run.dir"
+        )
 
 
 @torch.no_grad()
-def load_engine(state: RunState, engine: "DeepSpeedEngine", method: Method, teacher: EMATeacher | None) -> None:
+def load_engine(state: RunState, engine: "DeepSpeedEngine", method: Method, teacher: Teacher) -> None:
     """Give the engine its optimizer state and counters; after it, statistics that ranks kept to themselves."""
     optimizer = engine.basic_optimizer
     optimizer.state.clear()
@@ -173,7 +186,7 @@ def load_engine(state: RunState, engine: "DeepSpeedEngine", method: Method, teac
         scaler.load_state_dict(main["grad_scaler"])
     own = state.ranks[distributed.rank() % len(state.ranks)]
     method.load_state_dict(own["method_statistics"], strict=False)
-    if teacher is not None:
+    if isinstance(teacher, EMATeacher):
         teacher.load_state_dict(own["teacher_statistics"], strict=False)
 
 

@@ -10,6 +10,7 @@ import yaml
 from rich.table import Table
 
 from trainer.collectives import Traffic, traffic
+from trainer.methods.frozen import FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
 from trainer.recipe import Recipe, RecipeError
@@ -37,6 +38,8 @@ class Step:
     num_trained: int
     num_tensors: int
     num_teacher: int
+    follows: bool
+    """Whether the teacher follows the student, for which ZeRO 3 gathers it once more."""
     optimizer: str
     global_batch: int
     accumulation: int
@@ -47,7 +50,7 @@ class Step:
         of_zero = zero_collectives(
             self.num_trained,
             self.num_tensors,
-            num_teacher=self.num_teacher,
+            num_teacher=self.num_teacher if self.follows else 0,
             stage=stage,
             ranks=ranks,
             accumulation=self.accumulation,
@@ -66,13 +69,16 @@ class Step:
         )
 
 
-def step_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, *, num_classes: int | None) -> Step:
+def step_of(
+    recipe: Recipe, method: Method, teacher: EMATeacher | FrozenTeacher | None, *, num_classes: int | None
+) -> Step:
     """The step of a recipe and of the networks that were built for it."""
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     return Step(
         num_trained=sum(parameter.numel() for parameter in trained),
         num_tensors=len(trained),
         num_teacher=0 if teacher is None else sum(parameter.numel() for parameter in teacher.parameters()),
+        follows=isinstance(teacher, EMATeacher),
         optimizer=recipe.optim.name,
         global_batch=recipe.optim.global_batch,
         accumulation=recipe.optim.accumulation,

@@ -14,6 +14,8 @@ class Progress:
     weight_decay: float
     momentum: float
     """The EMA teacher's m."""
+    seed: int = 0
+    """The run's, for what a method draws."""
 
 
 def cosine(start: float, final: float, step: int, num_steps: int) -> float:
@@ -52,6 +54,7 @@ class Schedules:
     final_weight_decay: float
     momentum: float
     final_momentum: float
+    seed: int = 0
 
     def at(self, step: int) -> Progress:
         """The values of step `step`, counted from 0."""
@@ -68,4 +71,5 @@ class Schedules:
             ),
             weight_decay=cosine(self.weight_decay, self.final_weight_decay, step, self.num_steps),
             momentum=cosine(self.momentum, self.final_momentum, step, self.num_steps),
+            seed=self.seed,
         )

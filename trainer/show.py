@@ -18,6 +18,7 @@ from trainer.data.contact_sheet import contact_sheet, draw_views
 from trainer.data.kernel import Kernel
 from trainer.data.order import epoch_order
 from trainer.data.subset import read_subset
+from trainer.methods.frozen import Frozen, FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.recipe import Recipe, RecipeError
@@ -25,6 +26,7 @@ from trainer.recipe_file import load_recipe
 from trainer.scaling import Plan
 from trainer.scaling_table import scaling_table, step_of
 from trainer.schedules import Progress
+from trainer.teachers.cache import describe, shape_of
 
 IMAGENET_1K = 1_281_167
 """Train images; what a recipe's schedule is shown for where no data are given."""
@@ -52,6 +54,9 @@ def show(
     teacher = build_teacher(recipe, method)
     console.print(parameter_table(method, teacher))
     console.print(cost_table(recipe, method, teacher))
+    if isinstance(teacher, FrozenTeacher) and isinstance(recipe.teacher, Frozen) and recipe.teacher.cache_epochs:
+        shape = shape_of(recipe, method, teacher)
+        console.print(f"teacher cache: {describe(recipe.teacher.cache_epochs, num_images_of(recipe), shape)}")
     schedule = schedule_table(recipe, steps, method)
     schedule.caption = (
         f"{recipe.data.train}" if has_data else f"no data.train given: ImageNet-1k's {IMAGENET_1K} images"
@@ -63,6 +68,14 @@ def show(
         path = out or Path(f"{recipe_path.stem}.views.png")
         save_contact_sheet(recipe, path, num_images=num_images)
         console.print(f"views of {num_images} images as training sees them in epoch 0: {path}", highlight=False)
+
+
+def num_images_of(recipe: Recipe) -> int:
+    """How many images an epoch is drawn from; ImageNet-1k's where no data are given."""
+    if recipe.data.train == NO_DATA:
+        return IMAGENET_1K
+    subset = read_subset(recipe.data.train, recipe.data.subset)
+    return open_beton(recipe.data.train).num_samples if subset is None else len(subset)
 
 
 def num_classes(recipe: Recipe) -> int:
@@ -95,7 +108,7 @@ def _each(value: float | tuple[float, ...]) -> str:
     return " / ".join(f"{v:g}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
-def parameter_table(method: Method, teacher: EMATeacher | None) -> Table:
+def parameter_table(method: Method, teacher: EMATeacher | FrozenTeacher | None) -> Table:
     """How many parameters each part has, and how many of them are trained."""
     table = Table(title="Parameters")
     for column in ("part", "parameters", "trained"):
@@ -107,7 +120,7 @@ def parameter_table(method: Method, teacher: EMATeacher | None) -> Table:
     return table
 
 
-def _parts(method: Method, teacher: EMATeacher | None) -> dict[str, nn.Module]:
+def _parts(method: Method, teacher: EMATeacher | FrozenTeacher | None) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"backbone": method.student.backbone, "head": method.student.head}
     parts |= {name: child for name, child in method.named_children() if any(True for _ in child.parameters())}
     del parts["student"]
@@ -130,7 +143,7 @@ class Cost:
 
 
 @torch.no_grad()
-def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_size: int = 2) -> Cost:
+def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | FrozenTeacher | None, batch_size: int = 2) -> Cost:
     """Count convolutions, matrix products and attention while the real code runs on `batch_size` blank images.
 
     The backward pass is not run: torch counts depth-wise convolutions wrongly there.
@@ -144,12 +157,12 @@ def cost_of(recipe: Recipe, method: Method, teacher: EMATeacher | None, batch_si
         if teacher is not None:
             target = teacher(method.teacher_views(views))
         of_teacher = counter.get_total_flops()
-        method(views, target, progress, torch.zeros(batch_size, dtype=torch.long))
+        method(views, target, progress, torch.zeros(batch_size, dtype=torch.long), range(batch_size))
         of_student = counter.get_total_flops() - of_teacher
     return Cost(of_teacher / 2 / batch_size, of_student / 2 / batch_size)
 
 
-def cost_table(recipe: Recipe, method: Method, teacher: EMATeacher | None) -> Table:
+def cost_table(recipe: Recipe, method: Method, teacher: EMATeacher | FrozenTeacher | None) -> Table:
     """What a step costs, an image and a global batch."""
     cost = cost_of(recipe, method, teacher)
     table = Table(title="Cost a step, 10^9 multiply-accumulates")

@@ -27,15 +27,15 @@ def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -
     """Write weights/student and weights/teacher of a checkpoint; `timm.create_model("local-dir:...")` loads either."""
     views, teacher = recipe.views, state.teacher()
     method = state.method()
-    prototypes = {name: value for name, value in method.items() if name.startswith("prototypes.")}  # SwAV's
-    branches = {"student": _under("student.", method) | {f"head.{name}": value for name, value in prototypes.items()}}
+    prototypes = {f"head.{name}": value for name, value in method.items() if name.startswith("prototypes.")}
+    branches = {"student": _under("student.", method) | prototypes}
     if teacher is not None:
-        branches["teacher"] = _under("branch.", teacher)
+        branches["teacher"] = _under("branch.", teacher) | prototypes
     for name, branch in branches.items():
         folder = run_dir / "weights" / name
         config = _config(recipe.backbone, num_features, size=views.global_views.size, mean=views.mean, std=views.std)
         _save_network(folder, _under("backbone.", branch), config)
-        save_head(folder, _under("head.", branch))
+        save_head(folder, _under("head.", branch), recipe.method.name)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,9 +75,9 @@ def _config(
     }
 
 
-def save_head(folder: Path, state: Mapping[str, Tensor]) -> None:
+def save_head(folder: Path, state: Mapping[str, Tensor], method: str) -> None:
     """Write a branch's projection head beside its backbone, where timm does not look."""
-    _save_tensors(folder / HEAD, state, {"order": json.dumps(list(state))})
+    _save_tensors(folder / HEAD, state, {"order": json.dumps(list(state)), "method": method})
 
 
 def load_head(folder: Path) -> dict[str, Tensor]:
@@ -86,6 +86,15 @@ def load_head(folder: Path) -> dict[str, Tensor]:
         return {}
     with safe_open(folder / HEAD, framework="pt") as file:
         return {key: file.get_tensor(key) for key in json.loads(file.metadata()["order"])}
+
+
+def method_of_head(folder: Path) -> str | None:
+    """Which method the folder's head is of; None if there is none, or one of the time before heads said so."""
+    if not (folder / HEAD).is_file():
+        return None
+    with safe_open(folder / HEAD, framework="pt") as file:
+        method: str | None = file.metadata().get("method")
+        return method
 
 
 def _save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -109,12 +118,45 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     config = read_config(folder)
     spec = spec_of(config)
     network = build_backbone(spec)
-    state: dict[str, Tensor] = load_file(folder / MODEL)
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        odd = f"missing {missing[:3]}, unexpected {unexpected[:3]}"
-        raise WeightsError(f"{folder}: its tensors do not fit {spec.name} {spec.args}: {odd}")
+    load_strictly(network, load_file(folder / MODEL), f"{folder}: {spec.name} {spec.args}")
     return network, config
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Give the module its tensors, each by name and shape, none missing and none left over.
+
+    raises: WeightsError that names the first few that do not fit
+    """
+    expected = module.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, wanted {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    faults = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": shapes,
+    }
+    found = [f"{kind}: {_first_few(names)}" for kind, names in faults.items() if names]
+    if found:
+        raise WeightsError(f"{where}: the tensors do not fit; {'; '.join(found)}")
+    module.load_state_dict(dict(state))
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def normalisation(folder: Path, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels that the network was trained with; WeightsError if its config says none."""
+    usual = config.get("pretrained_cfg", {})
+    for name in ("mean", "std"):
+        if name not in usual:
+            raise WeightsError(
+                f"{folder}: {CONFIG} says no pretrained_cfg.{name}; write there what the network was trained with"
+            )
+    return tuple(usual["mean"]), tuple(usual["std"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_the_command_needs_no_labels_and_reads_the_head(synthetic: Path, tmp_pat
     torch.manual_seed(0)
     weights.save_backbone(tmp_path / "student", build_backbone(TINY), TINY, size=32, mean=(0.5,) * 3, std=(0.2,) * 3)
     head = DINOHead(16, hidden_dim=8, bottleneck_dim=4, num_prototypes=9, norm=True, train_gain=False)
-    weights.save_head(tmp_path / "student", head.state_dict())
+    weights.save_head(tmp_path / "student", head.state_dict(), "dino")
     assert trainer(["evaluate", str(tmp_path), "--protocol", "collapse", *data(synthetic)]) == 0
     (report,) = (tmp_path / "evals").glob("collapse*.json")
     results = json.loads(report.read_text())["results"]

@@ -16,9 +16,18 @@ from torch.utils._pytree import tree_leaves
 
 from tests.methods.test_methods import dino, moco, progress, some_views
 from tests.methods.test_swav import swav, unit
+from tests.methods.vits import ibot, msn
+from tests.methods.vits import views as vit_views
 from trainer.guards import FiniteGuard
 from trainer.methods.joint_embedding import Method
-from trainer.methods.losses import dino_targets, info_nce, mean_entropy, swapped_prediction
+from trainer.methods.losses import (
+    _WeightedPrediction,
+    dino_targets,
+    info_nce,
+    mean_entropy,
+    paired_prediction,
+    weighted_prediction,
+)
 from trainer.methods.teacher import EMATeacher
 from trainer.metrics import Averages
 from trainer.optim import LARS, param_groups, set_progress
@@ -50,20 +59,20 @@ class NothingIsCopied(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("make", [dino, moco, swav])
-def test_no_step_of_training_waits_for_the_device(make: type[Method]) -> None:
+@pytest.mark.parametrize("make", [dino, ibot, moco, msn, swav])
+def test_no_step_of_training_waits_for_the_device(make: Callable[[], Method]) -> None:
     """Forward, backward, optimizer, buffers, teacher, averages and guard, while queues fill and when they are full."""
     method = make()
     method.add_probe(num_classes=3)
     teacher, averages, guard = EMATeacher(method.student), Averages(), FiniteGuard()
     optimizer = LARS(param_groups(method, method.frozen_parameters()), lr=0.1, momentum=0.9)
-    labels, of_views = torch.tensor([0, 1, 2, 0]), method.teacher_views(some_views())
+    labels, views_of = torch.tensor([0, 1, 2, 0]), vit_views if make in (ibot, msn) else some_views
     with NoOperatorReads(), NothingIsCopied():
         for step in range(6):
             set_progress(optimizer, progress(epoch=1), frozen=method.frozen(progress(epoch=1)))
-            views = some_views(seed=step)
-            output = teacher(method.teacher_views(views)) if of_views else None
-            loss, parts, views_finite = method(views, output, progress(epoch=1), labels)
+            views = views_of(seed=step)
+            output = teacher(method.teacher_views(views))
+            loss, parts, views_finite = method(views, output, progress(epoch=1), labels, range(4))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -105,7 +114,7 @@ def test_dino_and_swav_hold_the_logits_and_their_gradient_and_little_more() -> N
     def step() -> None:
         logits = F.linear(students, prototypes).view(views, batch, num_prototypes)
         targets = dino_targets(teacher, torch.zeros(num_prototypes), temperature=0.04)
-        of_globals, of_locals = swapped_prediction(logits, targets, temperature=0.1)
+        of_globals, of_locals = paired_prediction(logits, targets, temperature=0.1)
         del logits
         mean_entropy(targets)
         assert of_locals is not None
@@ -128,7 +137,7 @@ def test_moco_never_holds_the_logits_of_all_its_queries() -> None:
     num_globals=st.integers(2, 3), num_locals=st.integers(0, 3), batch=st.integers(1, 4), seed=st.integers(0, 2**31),
     weights=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )  # fmt: skip
-def test_swapped_predictions_gradient_is_autograds(
+def test_paired_predictions_gradient_is_autograds(
     num_globals: int, num_locals: int, batch: int, seed: int, weights: tuple[float, float]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -146,9 +155,36 @@ def test_swapped_predictions_gradient_is_autograds(
         of_locals = [value for (_, v), value in pairs.items() if v >= num_globals]
         return torch.stack(of_globals).mean(), torch.stack(of_locals).mean() if of_locals else None
 
-    (ours,) = torch.autograd.grad(total(swapped_prediction(logits, targets, temperature=0.1)), logits)
+    (ours,) = torch.autograd.grad(total(paired_prediction(logits, targets, temperature=0.1)), logits)
     (expected,) = torch.autograd.grad(total(over_pairs()), logits)
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 9), rows_at_once=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_weighted_predictions_gradient_is_autograds(rows: int, rows_at_once: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, 7, generator=generator).requires_grad_()
+    targets = torch.randn(rows, 7, generator=generator).mul(5).softmax(-1)
+    weights = torch.rand(rows, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_WeightedPrediction, "ROWS", rows_at_once)
+        ours = 3 * weighted_prediction(logits, targets, weights, temperature=0.2)
+    expected = 3 * F.cross_entropy(logits / 0.2, targets, reduction="none") @ weights
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_of_patches_holds_their_logits_and_their_gradient_and_a_thousand_rows() -> None:
+    rows, num_prototypes = 16 * 1024, 1024
+    targets, weights = torch.full((rows, num_prototypes), 1 / num_prototypes), torch.full((rows,), 1 / rows)
+    prototypes, students = nn.Parameter(torch.zeros(num_prototypes, 2)), torch.zeros(rows, 2)
+
+    def step() -> None:
+        weighted_prediction(F.linear(students, prototypes), targets, weights, temperature=0.1).backward()
+
+    assert peak_bytes(step) <= (2 + 3 / 16) * 4 * rows * num_prototypes + 1e6
 
 
 @settings(max_examples=25, deadline=None)
@@ -172,7 +208,7 @@ def test_bfloat16_logits_get_a_bfloat16_gradient() -> None:
     logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     exact = logits.detach().float().requires_grad_()
     targets = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    losses = [sum(swapped_prediction(x, targets, temperature=0.1), start=torch.zeros(())) for x in (logits, exact)]  # type: ignore[arg-type]
+    losses = [sum(paired_prediction(x, targets, temperature=0.1), start=torch.zeros(())) for x in (logits, exact)]  # type: ignore[arg-type]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
@@ -184,7 +220,7 @@ def test_bfloat16_logits_get_a_bfloat16_gradient() -> None:
 
 def test_a_second_backward_is_refused_rather_than_wrong() -> None:
     logits = torch.zeros(2, 1, 3, requires_grad=True)
-    loss, _ = swapped_prediction(logits, torch.full((2, 1, 3), 1 / 3), temperature=0.1)
+    loss, _ = paired_prediction(logits, torch.full((2, 1, 3), 1 / 3), temperature=0.1)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

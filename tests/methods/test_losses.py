@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.oracles import dino_by_the_paper, info_nce_by_the_paper, unit_rows, waves
-from trainer.methods.losses import dino_targets, info_nce, swapped_prediction, weigh
+from trainer.methods.losses import dino_targets, info_nce, paired_prediction, weigh
 
 WEIGHTS = {"baseline": (1 / 7, 6 / 7), "sslight": (0.4, 0.6), "global only": (1.0, 0.0), "local only": (0.0, 1.0)}
 
@@ -17,7 +17,7 @@ def dino_loss(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """DINO's two terms, from the teacher's logits."""
     targets = dino_targets(teacher, center, temperature=teacher_temp)
-    return swapped_prediction(student, targets, temperature=student_temp)
+    return paired_prediction(student, targets, temperature=student_temp)
 
 
 def dino_fixture(center: torch.Tensor, teacher_temp: float, weights: tuple[float, float]) -> float:
@@ -123,7 +123,7 @@ def test_logits_that_say_nothing_lose_the_logarithm_of_the_number_of_prototypes(
 ) -> None:
     flat = torch.zeros(3, 2, num_prototypes)
     targets = torch.rand(2, 2, num_prototypes, generator=torch.Generator().manual_seed(0)).mul(9).softmax(-1)
-    for loss in swapped_prediction(flat, targets, temperature=0.1):
+    for loss in paired_prediction(flat, targets, temperature=0.1):
         assert loss is not None
         assert loss.item() == pytest.approx(expected, abs=1e-5)
 

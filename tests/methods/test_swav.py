@@ -11,7 +11,7 @@ from tests.methods.test_methods import COUNTS, Flat, progress, some_views
 from tests.oracles import sinkhorn_by_the_paper, swav_by_the_paper, unit_rows, waves
 from tests.spawn import run_ranks
 from trainer import distributed
-from trainer.methods.losses import swapped_prediction, weigh
+from trainer.methods.losses import paired_prediction, weigh
 from trainer.methods.queue import EmbeddingQueue
 from trainer.methods.sinkhorn import sinkhorn
 from trainer.methods.swav import SwAV, SwAVConfig
@@ -47,7 +47,7 @@ def fixture_scores() -> Tensor:
 )
 def test_swav_gives_the_published_losses(weights: tuple[float, float], expected: float) -> None:
     scores = fixture_scores()
-    losses = swapped_prediction(scores, sinkhorn(scores[:2], epsilon=0.05, iterations=3), temperature=0.1)
+    losses = paired_prediction(scores, sinkhorn(scores[:2], epsilon=0.05, iterations=3), temperature=0.1)
     total = weigh(*losses, global_weight=weights[0], local_weight=weights[1])
     assert total.item() == pytest.approx(expected, abs=5e-6)
 
@@ -74,7 +74,7 @@ def test_the_baseline_weights_are_the_plain_mean_over_all_fourteen_pairs() -> No
     scores = fixture_scores()
     codes = sinkhorn(scores[:2], epsilon=0.05, iterations=3)
     of_globals, of_locals = swav_by_the_paper(scores, codes, 0.1)
-    ours = weigh(*swapped_prediction(scores, codes, temperature=0.1), global_weight=1 / 7, local_weight=6 / 7)
+    ours = weigh(*paired_prediction(scores, codes, temperature=0.1), global_weight=1 / 7, local_weight=6 / 7)
     assert ours.item() == pytest.approx((2 * of_globals + 12 * of_locals) / 14, rel=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_the_baseline_weights_are_the_plain_mean_over_all_fourteen_pairs() -> No
 def test_swav_equals_the_loop_over_pairs(batch: int, num_prototypes: int, num_locals: int) -> None:
     scores = unit(2 + num_locals, batch, 8) @ unit(num_prototypes, 8, seed=1).T
     codes = sinkhorn(scores[:2], epsilon=0.05, iterations=3)
-    ours = swapped_prediction(scores, codes, temperature=0.1)
+    ours = paired_prediction(scores, codes, temperature=0.1)
     assert [loss.item() for loss in ours if loss is not None] == pytest.approx(
         swav_by_the_paper(scores, codes, 0.1), rel=1e-5
     )

@@ -98,8 +98,15 @@ class ViewLoader:
             self._ffcv = multicrop.open_loader(self.beton, self._kernel, batch_size)
         self._thread: Any = None
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """(num_samples,) the ids of all its images."""
+        return self._ids
+
+    def epoch(self, epoch: int, *, start: int = 0, view_epoch: int | None = None) -> Generator[Batch, None, None]:
         """The batches of one epoch on this rank, from sample position `start` of the whole epoch's order on.
+
+        view_epoch: the epoch whose views they show, if another than their own
 
         A batch's views are overwritten once the next one is asked for: copy what must live longer. Leaving early is
         safe; only one epoch of a loader runs at a time, and starting another ends the one before.
@@ -112,7 +119,7 @@ class ViewLoader:
         batches = self._share(order, start=start)
         if not batches:
             return
-        self._kernel.set_epoch(epoch)
+        self._kernel.set_epoch(epoch if view_epoch is None else view_epoch)
         thread = self._thread = self._multicrop.EpochThread(self._ffcv, np.concatenate(batches))
         try:
             for expected, (pixels, jobs) in zip(batches, self._items(thread), strict=True):

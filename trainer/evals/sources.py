@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,7 @@ def _open_weights(path: Path, folders: list[Path], protocol: str, overrides: lis
     configs = [weights.read_config(folder) for folder in folders]
     if any(config["architecture"] != configs[0]["architecture"] for config in configs):
         raise RecipeError(f"{path}: holds {[config['architecture'] for config in configs]}; name one folder of it")
-    usual = configs[0].get("pretrained_cfg", {})
-    settings = load_evaluation(path, *_normalisation(usual), overrides)
+    settings = load_evaluation(path, *weights.normalisation(folders[0], configs[0]), overrides)
     source = Source(settings, path / "evals" / f"{protocol}-{_tag(settings.data.train)}.json", None)
     spec = dataclasses.replace(weights.spec_of(configs[0]), init="reference")
     _add_untrained(source, spec)
@@ -151,15 +150,6 @@ def _open_timm(name: str, protocol: str, overrides: list[str]) -> Source:
         raise RecipeError(f"{name}: timm could not fetch its weights: {error}") from error
     _add(source, name, network, f"timm {timm.__version__}, {usual.tag}")
     return source
-
-
-def _normalisation(usual: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    for name in ("mean", "std"):
-        if name not in usual:
-            raise RecipeError(
-                f"config.json says no pretrained_cfg.{name}; write there what the network was trained with"
-            )
-    return list(usual["mean"]), list(usual["std"])
 
 
 def _untrained(seed: int) -> str:

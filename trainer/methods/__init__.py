@@ -1,7 +1,11 @@
 """The methods; `method.name` in a recipe says which. A new one is one file and one name here."""
 
 from trainer.methods.dino import DINOConfig
+from trainer.methods.ibot import IBOTConfig
 from trainer.methods.moco import MoCoConfig
+from trainer.methods.msn import MSNConfig
+from trainer.methods.regression import RegressionConfig
+from trainer.methods.seed import SEEDConfig
 from trainer.methods.swav import SwAVConfig
 
-AnyMethod = DINOConfig | MoCoConfig | SwAVConfig
+AnyMethod = DINOConfig | IBOTConfig | MoCoConfig | MSNConfig | RegressionConfig | SEEDConfig | SwAVConfig

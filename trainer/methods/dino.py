@@ -1,24 +1,32 @@
-"""DINO: the student predicts the centred, sharpened output of its own running average."""
+"""DINO: the student predicts the centred, sharpened output of its own running average, or a frozen teacher's."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
-from trainer.methods.losses import dino_targets, mean_entropy, swapped_prediction
+from trainer.methods.center import PendingMean
+from trainer.methods.joint_embedding import (
+    LossOut,
+    Method,
+    ViewCounts,
+    check_weights,
+    split_views,
+    too_few_views,
+    weighted,
+)
+from trainer.methods.losses import Pairing, dino_targets, mean_entropy, paired_prediction
 from trainer.models.backbones import Branch, num_features
-from trainer.models.heads import DINOHead
+from trainer.models.heads import DINOHead, PlainMLP
 from trainer.schedules import Progress, ramp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DINOConfig:
-    """DINO's head, temperatures and loss weights."""
+class DINOSettings:
+    """Head, temperatures and loss weights, which DINO and iBOT have in common."""
 
-    name: Literal["dino"]
+    name: str
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     num_prototypes: int
@@ -26,13 +34,20 @@ class DINOConfig:
     """BatchNorm in the head: on for CNNs, off for ViTs."""
     norm_last_layer: bool = True
     """Keep the prototypes at length 1 (their gain frozen)."""
+    mlp_head: PlainMLP | None = None
+    """A plain MLP in place of the head that the fields above describe."""
     student_temp: float = 0.1
     teacher_temp: float = 0.07
     warmup_teacher_temp: float = 0.04
     warmup_teacher_temp_epochs: int
-    """teacher_temp rises in a straight line over this many epochs."""
+    """teacher_temp rises in a straight line over this many epochs; 0 for a constant one."""
+    centering: Literal["ema", "none"] = "ema"
+    """Subtract a running mean of the teacher's outputs from them; a frozen teacher cannot collapse and needs none."""
     center_momentum: float = 0.9
     freeze_last_layer_epochs: int = 1
+    pairing: Pairing = "swapped"
+    """swapped: a global view predicts what the teacher makes of the others; same_view: of itself, for frozen teachers.
+    Local views predict the teacher's output for every global view."""
     global_weight: float
     """Weight of the mean over pairs of global views (alpha in SSLight)."""
     local_weight: float
@@ -47,17 +62,19 @@ class DINOConfig:
         if not 0 <= self.center_momentum < 1:
             raise ValueError(f"center_momentum must lie in [0, 1), got {self.center_momentum}")
 
-    def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
-        """What is wrong with DINO in this recipe, or None."""
-        if counts.global_views < 2:
-            return f"DINO needs at least 2 global views, got {counts.global_views}"
+    def fault(self, title: str, counts: ViewCounts, teacher: str) -> str | None:
+        """What is wrong with these settings in a recipe, or None."""
+        if too_few := too_few_views(title, self.pairing, counts):
+            return too_few
         if teacher == "none":
-            return "DINO needs a teacher; set teacher.kind to ema"
+            return f"{title} needs a teacher; set teacher.kind to ema, or to frozen"
         return check_weights(self, counts)
 
-    def build(self, backbone: nn.Module, counts: ViewCounts) -> "DINO":
-        """DINO around the backbone."""
-        head = DINOHead(
+    def build_head(self, backbone: nn.Module) -> nn.Module:
+        """The student's head, freshly initialised."""
+        if self.mlp_head is not None:
+            return self.mlp_head.build(num_features(backbone), self.num_prototypes)
+        return DINOHead(
             num_features(backbone),
             hidden_dim=self.hidden_dim,
             bottleneck_dim=self.bottleneck_dim,
@@ -65,7 +82,23 @@ class DINOConfig:
             norm=self.head_norm,
             train_gain=not self.norm_last_layer,
         )
-        return DINO(self, Branch(backbone, head), counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DINOConfig(DINOSettings):
+    """DINO's settings."""
+
+    name: Literal["dino"]
+    wants_tokens: ClassVar[bool] = False
+    """Whether the teacher shall return its patch tokens beside the class token."""
+
+    def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
+        """What is wrong with DINO in this recipe, or None."""
+        return self.fault("DINO", counts, teacher)
+
+    def build(self, backbone: nn.Module, counts: ViewCounts) -> "DINO":
+        """DINO around the backbone."""
+        return DINO(self, Branch(backbone, self.build_head(backbone)), counts)
 
 
 class DINO(Method):
@@ -73,12 +106,11 @@ class DINO(Method):
 
     center: Tensor
 
-    def __init__(self, config: DINOConfig, student: Branch, counts: ViewCounts) -> None:
+    def __init__(self, config: DINOSettings, student: Branch, counts: ViewCounts) -> None:
         super().__init__(student, counts)
         self.config = config
         self.register_buffer("center", torch.zeros(config.num_prototypes))
-        self._teacher_sums: list[Tensor] = []
-        self._teacher_rows = 0
+        self._teacher_rows = PendingMean()
 
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
         """The global views."""
@@ -94,12 +126,14 @@ class DINO(Method):
         return {"teacher temperature": self.teacher_temp(progress)}
 
     def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
-        """Every student view against the teacher's other global views."""
+        """Every student view against its partners among the teacher's global views."""
         assert teacher is not None
-        teacher_temp = self.teacher_temp(progress)
+        config, teacher_temp = self.config, self.teacher_temp(progress)
         targets = dino_targets(teacher, self.center, temperature=teacher_temp)
-        loss = weighted(self.config, *swapped_prediction(student, targets, temperature=self.config.student_temp))
-        self._remember(teacher)
+        terms = paired_prediction(student, targets, temperature=config.student_temp, pairing=config.pairing)
+        loss = weighted(config, *terms)
+        if config.centering == "ema":
+            self._teacher_rows.add(teacher)
         return LossOut(loss.total, loss.parts | {"teacher_temp": teacher_temp} | self._health(targets))
 
     @torch.no_grad()
@@ -113,23 +147,17 @@ class DINO(Method):
         }
 
     @torch.no_grad()
-    def _remember(self, teacher: Tensor) -> None:
-        self._teacher_sums.append(teacher.sum((0, 1), dtype=torch.float32))
-        self._teacher_rows += teacher.shape[0] * teacher.shape[1]
-
-    @torch.no_grad()
     def after_step(self, *, applied: bool) -> None:
         """center <- m center + (1 - m) mean of all the teacher's rows, over views, micro-batches and ranks."""
-        if applied:
-            rows = self._teacher_rows * distributed.world()
-            mean = distributed.sum_over_ranks(torch.stack(self._teacher_sums).sum(0)) / rows
-            self.center.lerp_(mean, 1 - self.config.center_momentum)
-        self._teacher_sums, self._teacher_rows = [], 0
+        if applied and self.config.centering == "ema":
+            self.center.lerp_(self._teacher_rows.mean(), 1 - self.config.center_momentum)
+        self._teacher_rows.forget()
 
     def frozen_parameters(self) -> list[nn.Parameter]:
-        """The prototypes."""
-        prototypes = self.student.head.get_submodule("last_layer")
-        return [parameter for parameter in prototypes.parameters() if parameter.requires_grad]
+        """The prototypes, where the head has some."""
+        if not isinstance(self.student.head, DINOHead):
+            return []
+        return [parameter for parameter in self.student.head.last_layer.parameters() if parameter.requires_grad]
 
     def frozen(self, progress: Progress) -> bool:
         """In the first epoch, as published."""

@@ -1,11 +1,12 @@
 """What every method is: a student with an objective, which the engine wraps, and state that follows the steps."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from trainer.methods.losses import weigh
+from trainer.methods.losses import Pairing, weigh
 from trainer.methods.probe import LinearProbe
 from trainer.models.backbones import Branch, num_features
 from trainer.schedules import Progress
@@ -30,6 +31,10 @@ class ViewCounts(NamedTuple):
 
 class MethodConfig(Protocol):
     """What a recipe's `method:` block must offer, whatever the method."""
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether the teacher shall return its patch tokens beside the class token."""
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
         """What is wrong with the method in this recipe, or None."""
@@ -56,6 +61,9 @@ class Method(nn.Module, ABC):
         """Let a linear classifier train beside the student, on features that it cannot change."""
         self.probe = LinearProbe(num_features(self.student.backbone), num_classes)
 
+    def adopt(self, prototypes: Tensor) -> None:
+        """Take note of a frozen teacher's (K, D) prototypes; most methods have no use for them."""
+
     def student_views(self, views: list[Tensor]) -> list[Tensor]:
         """The views that the student sees: one (V_i * B, 3, S_i, S_i) tensor per size, view-major, globals first."""
         return views
@@ -65,25 +73,36 @@ class Method(nn.Module, ABC):
         """The views that the teacher sees, in the same form; a method without a teacher is not asked."""
 
     @abstractmethod
-    def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
+    def objective(self, student: Any, teacher: Tensor | None, progress: Progress) -> LossOut:
         """The loss of one micro-batch.
 
-        student: (V, B, D) the student's head output for `student_views`
-        teacher: (T, B, D) the teacher's for `teacher_views`; None without a teacher
+        student: (V, B, D) the student's head output for `student_views`, or what else the method's `outputs` makes
+        teacher: (T, B, D) the teacher's for `teacher_views`, (T, B, 1 + N, D) with the tokens of N patches behind the
+        class token's; None without a teacher
         """
 
+    def outputs(self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None) -> tuple[Tensor, Any]:
+        """The student on its views: features (V * B, embed_dim), and what the objective gets of it."""
+        features = self.student.features(self.student_views(views))
+        return features, per_view(self.student.head(features), self.batch_size(views))
+
     def forward(
-        self, views: list[Tensor], teacher: Tensor | None, progress: Progress, labels: Tensor | None = None
+        self,
+        views: list[Tensor],
+        teacher: Tensor | None,
+        progress: Progress,
+        labels: Tensor | None = None,
+        sample_ids: Sequence[int] | None = None,
     ) -> LossOut:
         """The student on its views, the objective, and beside it the probe's loss on the student's first view.
 
         views: one tensor (V_i * B, 3, S_i, S_i) per size, view-major, globals first
-        teacher: (T * B, D) the teacher's head output for `teacher_views(views)`; None without a teacher
+        teacher: (T * B, D) the teacher's head output for `teacher_views(views)`, or (T * B, 1 + N, D); None without one
         labels: (B,), for the probe alone
+        sample_ids: (B,) known to the host, for methods that draw something for each image
         """
         batch = self.batch_size(views)
-        features = self.student.features(self.student_views(views))
-        student = per_view(self.student.head(features), batch)
+        features, student = self.outputs(views, progress, sample_ids)
         loss = self.objective(student, None if teacher is None else per_view(teacher, batch), progress)
         finite = per_view(features.detach(), batch).isfinite().flatten(1).all(1)
         if self.probe is None:
@@ -131,8 +150,14 @@ def split_views(views: list[Tensor], rows: int) -> tuple[list[Tensor], list[Tens
 
 
 def per_view(rows: Tensor, batch_size: int) -> Tensor:
-    """(V * B, D) view-major rows as (V, B, D)."""
-    return rows.view(-1, batch_size, rows.shape[-1])
+    """(V * B, ...) view-major rows as (V, B, ...)."""
+    return rows.view(-1, batch_size, *rows.shape[1:])
+
+
+def too_few_views(title: str, pairing: Pairing, counts: ViewCounts) -> str | None:
+    """Swapped pairs need two global views."""
+    least = 2 if pairing == "swapped" else 1
+    return f"{title} needs at least {least} global views, got {counts.global_views}" if counts[0] < least else None
 
 
 class LossWeights(Protocol):

@@ -1,17 +1,22 @@
 """The objectives as pure functions of logits, targets and the two SSLight weights.
 
-Legend: B images, V views of which G global and L local, K prototypes, Q queue length, D embed_dim.
+Legend: B images, V views of which G global and L local, T of the teacher, K prototypes, Q queue length, D embed_dim.
 
 K and Q reach 65,536, so that (V, B, K) logits take hundreds of MB. Both objectives therefore go through the views one
 by one and make the gradient where the softmax already is: beside the logits and their gradient they hold (B, K) only.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+Pairing = Literal["swapped", "same_view"]
+"""Whether a view predicts the teacher's other views, as when a network teaches itself, or its own, as in RoB."""
+Partners = tuple[tuple[int, ...], ...]
+"""For each view of the student the teacher's views that it predicts, by number."""
 
 
 def weigh(global_loss: Tensor, local_loss: Tensor | None, *, global_weight: float, local_weight: float) -> Tensor:
@@ -30,50 +35,117 @@ def dino_targets(teacher: Tensor, center: Tensor, *, temperature: float) -> Tens
     return F.softmax(teacher.float().sub(center).div_(temperature), dim=-1)
 
 
-def swapped_prediction(logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of every view with the targets of the other global views: DINO's and SwAV's loss.
+def partners(pairing: Pairing, *, num_views: int, num_targets: int) -> Partners:
+    """Which of the teacher's views each of the student's must predict; view v of the one is view v of the other.
 
-    logits: (V, B, K), the globals first;  targets: (G, B, K) float32, each row summing to 1
-    returns: mean over the G (G - 1) global pairs, and over the G L global-local pairs (None without locals)
-    equals: mean over pairs (i, v), v != i, of -(targets_i . log_softmax(logits_v / T)); the targets are summed first,
-    so that each view meets one log-softmax
+    swapped: all but itself; same_view: itself alone, and views that the teacher does not see predict all of its views
     """
-    num_globals = len(targets)
-    if num_globals < 2:
-        raise ValueError(f"swapped prediction needs at least 2 global views, got {num_globals}")
-    with _full_precision(logits):
-        losses: Tensor = _SwappedPrediction.apply(logits, targets, temperature)
+    every = tuple(range(num_targets))
+    if pairing == "same_view":
+        return tuple((v,) if v < num_targets else every for v in range(num_views))
+    return tuple(tuple(t for t in every if t != v) for v in range(num_views))
+
+
+def num_without_partner(pairing: Pairing, num_targets: int) -> int:
+    """How many of the first views the student need not see: the only target's own view has nothing left to predict."""
+    return 1 if pairing == "swapped" and num_targets == 1 else 0
+
+
+def paired_prediction(
+    logits: Tensor, targets: Tensor, *, temperature: float, pairing: Pairing = "swapped", num_globals: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of every student view with the mean target of its partners: DINO's, SwAV's, MSN's and RoB's loss.
+
+    logits: (V, B, K), the globals first, without those that `num_without_partner` counts
+    targets: (T, B, K) float32 of the first T views, each row summing to 1
+    num_globals: how many views are global, as many as there are targets by default
+    returns: mean over the global views of the student, and over the local ones (None without locals)
+    equals: means over pairs (i, v) of -(targets_i . log_softmax(logits_v / T)); a view's targets are averaged first, so
+    that each view meets one log-softmax
+    """
+    skipped = num_without_partner(pairing, len(targets))
+    num_globals = (len(targets) if num_globals is None else num_globals) - skipped
+    if num_globals < 1:
+        raise ValueError(f"swapped prediction needs at least 2 global views, got {num_globals + skipped}")
+    wanted = partners(pairing, num_views=len(logits) + skipped, num_targets=len(targets))[skipped:]
+    losses = predict(logits, targets, wanted, temperature=temperature)
     return losses[:num_globals].mean(), losses[num_globals:].mean() if len(logits) > num_globals else None
 
 
-class _SwappedPrediction(torch.autograd.Function):
-    """Each view's batch mean of the cross-entropy with the mean target of the other global views, (V,).
+def predict(logits: Tensor, targets: Tensor, wanted: Partners, *, temperature: float) -> Tensor:
+    """Each view's batch mean of the cross-entropy with the mean of its partners' targets, (V,)."""
+    with _full_precision(logits):
+        losses: Tensor = _Prediction.apply(logits, targets, wanted, temperature)
+    return losses
 
-    Its gradient is (softmax - target) / (B T); forward keeps the bracket, backward scales it.
-    """
+
+class _Prediction(torch.autograd.Function):
+    """`predict`, whose gradient is (softmax - target) / (B T); forward keeps the bracket, backward scales it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        num_globals, batch = targets.shape[:2]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, wanted: Partners, temperature: float) -> Tensor:
         losses = targets.new_empty(len(logits))
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        total = targets.sum(0)
+        met: tuple[int, ...] = ()
         for v, view in enumerate(logits):
-            wanted = (total - targets[v]).div_(num_globals - 1) if v < num_globals else total / num_globals
+            if wanted[v] != met:
+                met, target = wanted[v], _mean(targets, wanted[v])
             log_probs = F.log_softmax(view.float() / temperature, dim=-1)
-            losses[v] = -torch.linalg.vecdot(wanted, log_probs).mean()  # einsum loses 2e-5 of 65,536 terms on a CPU
+            losses[v] = -torch.linalg.vecdot(target, log_probs).mean()  # einsum loses 2e-5 of 65,536 terms on a CPU
             if gradient is not None:
-                torch.sub(log_probs.exp_(), wanted, out=gradient[v])
+                torch.sub(log_probs.exp_(), target, out=gradient[v])
         ctx.save_for_backward(gradient)
-        ctx.scale = 1 / (batch * temperature)
+        ctx.scale = 1 / (targets.shape[1] * temperature)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, of_losses: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scale = (of_losses * ctx.scale).view(-1, 1, 1)
-        return gradient.mul_(scale), None, None  # in place: torch refuses a second backward
+        return gradient.mul_(scale), None, None, None  # in place: torch refuses a second backward
+
+
+def _mean(targets: Tensor, of: tuple[int, ...]) -> Tensor:
+    """The mean of some views' targets, (B, K)."""
+    first, *others = (targets[t] for t in of)
+    if not others:
+        return first
+    total = first + others[0]
+    for other in others[1:]:
+        total += other
+    return total.div_(len(of))
+
+
+def weighted_prediction(logits: Tensor, targets: Tensor, weights: Tensor, *, temperature: float) -> Tensor:
+    """Weighted sum of the cross-entropies of rows: (M, K) logits with (M, K) targets, (M,) weights; 0 without rows."""
+    with _full_precision(logits):
+        loss: Tensor = _WeightedPrediction.apply(logits, targets, weights, temperature)
+    return loss
+
+
+class _WeightedPrediction(torch.autograd.Function):
+    """`weighted_prediction`, whose gradient is w (softmax - target) / T, made some rows at a time."""
+
+    ROWS = 1024
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        loss = targets.new_zeros(())
+        gradient = torch.empty_like(logits)
+        for start in range(0, len(logits), _WeightedPrediction.ROWS):
+            some = slice(start, start + _WeightedPrediction.ROWS)
+            log_probs = F.log_softmax(logits[some].float() / temperature, dim=-1)
+            loss -= torch.linalg.vecdot(targets[some], log_probs) @ weights[some]
+            gradient[some] = log_probs.exp_().sub_(targets[some]).mul_(weights[some, None] / temperature)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(of_loss), None, None, None  # in place: torch refuses a second backward
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float) -> Tensor:

@@ -1,7 +1,7 @@
 """MoCo v2 with multi-crop: every further view of an image must find the key of its first view in a queue."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class MoCoConfig:
     """MoCo's head, queue and loss weights."""
 
     name: Literal["moco"]
+    wants_tokens: ClassVar[bool] = False
+    """Whether the teacher shall return its patch tokens beside the class token."""
     hidden_dim: int = 2048
     out_dim: int = 128
     queue_size: int

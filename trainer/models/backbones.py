@@ -80,9 +80,10 @@ def _checkpoint_activations(network: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def check_sizes(network: nn.Module, sizes: Iterable[int]) -> None:
+def check_sizes(network: nn.Module, sizes: Iterable[int], *, block: str = "backbone") -> None:
     """Run two blank images of each size through the network, so that what does not fit is said before training.
 
+    block: of the recipe, for the message
     raises: ValueError if it does not take a size, or yields something else than one feature vector an image
     """
     was_training = network.training
@@ -91,15 +92,15 @@ def check_sizes(network: nn.Module, sizes: Iterable[int]) -> None:
             features = network.eval()(torch.zeros(2, 3, size, size))
         except Exception as error:  # whatever a network says that it was not made for
             raise ValueError(
-                f"backbone: the network does not take views of {size} px ({' '.join(str(error).split())}); give views "
+                f"{block}: the network does not take views of {size} px ({' '.join(str(error).split())}); give views "
                 "of a size that it takes, or let it take several: vision transformers of timm do with "
-                "backbone.args.dynamic_img_size=true, at multiples of their patch size"
+                f"{block}.args.dynamic_img_size=true, at multiples of their patch size"
             ) from error
         shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         if shape != (2, num_features(network)):
             raise ValueError(
-                f"backbone: wanted one vector of {num_features(network)} features an image, and for 2 images of "
-                f"{size} px came {shape}; leave global_pool out of backbone.args, or choose another network"
+                f"{block}: wanted one vector of {num_features(network)} features an image, and for 2 images of "
+                f"{size} px came {shape}; leave global_pool out of {block}.args, or choose another network"
             )
     network.train(was_training)
 

@@ -1,6 +1,8 @@
 """Projection heads of the methods."""
 
 import itertools
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,41 @@ def mlp(sizes: list[int], *, activation: type[nn.Module], norm: bool) -> nn.Sequ
         if index < len(sizes) - 2:
             layers += [nn.BatchNorm1d(narrow), activation()] if norm else [activation()]
     return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainMLP:
+    """A student's head for a frozen teacher, in place of the method's own: linear layers and what lies between."""
+
+    hidden_dim: int = 2048
+    num_layers: int = 2
+    """Linear layers, the last included."""
+    norm: bool
+    """BatchNorm behind each but the last: on for CNNs, off for ViTs."""
+    activation: Literal["none", "gelu", "relu"]
+    """none: as the released RoB settings have it for two layers, which makes the head one linear map (but for the
+    statistics of BatchNorm); gelu and relu: what an MLP is usually taken for."""
+
+    def __post_init__(self) -> None:
+        for field, least in (("hidden_dim", 1), ("num_layers", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")
+
+    def build(self, embed_dim: int, out_dim: int) -> nn.Sequential:
+        """The head, (B, embed_dim) -> (B, out_dim), its layers drawn as torch draws them.
+
+        source: VISSL, vissl/models/heads/mlp.py
+        """
+        sizes = [embed_dim, *[self.hidden_dim] * (self.num_layers - 1), out_dim]
+        layers: list[nn.Module] = []
+        for wide, narrow in itertools.pairwise(sizes[:-1]):
+            layers.append(nn.Linear(wide, narrow))
+            layers += [nn.BatchNorm1d(narrow)] if self.norm else []
+            layers += [ACTIVATIONS[self.activation]()] if self.activation != "none" else []
+        return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class WeightNormLinear(nn.Module):
@@ -96,6 +133,38 @@ class SwAVHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
 
+class MSNHead(nn.Module):
+    """MLP with two hidden layers, to vectors that are not normalised yet: (B, D) -> (B, out_dim).
+
+    source: MSN, arXiv 2204.07141, src/msn_train.py
+    """
+
+    def __init__(self, embed_dim: int, *, hidden_dim: int, out_dim: int, norm: bool) -> None:
+        super().__init__()
+        self.mlp = mlp([embed_dim, hidden_dim, hidden_dim, out_dim], activation=nn.GELU, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, embed_dim) -> (B, out_dim)."""
+        embeddings: Tensor = self.mlp(x)
+        return embeddings
+
+
+class CosinePrototypes(nn.Module):
+    """Directions in the space of embeddings; neither they nor the embeddings need be of length 1.
+
+    source: MSN, src/losses.py snn, src/msn_train.py
+    """
+
+    def __init__(self, embed_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_prototypes, embed_dim).uniform_(-1, 1) / embed_dim**0.5)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., K) cosines in full precision."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.linear(F.normalize(embeddings.float(), dim=-1), F.normalize(self.weight, dim=-1))
+
+
 class Prototypes(nn.Module):
     """Unit vectors in the space of embeddings; whoever steps them calls `renormalise` before the next forward."""
 
@@ -113,6 +182,46 @@ class Prototypes(nn.Module):
         """(..., D) unit embeddings -> (..., K) cosines in full precision: a temperature of 0.05 follows."""
         with torch.autocast(embeddings.device.type, enabled=False):
             return F.linear(embeddings.float(), self.weight)
+
+
+class FrozenHead(nn.Module):
+    """The heads of DINO, SwAV, iBOT and MSN once nothing trains them: MLP, unit length, one product with prototypes.
+
+    mlp: None for a teacher without a head, whose features are its embeddings; nn.Identity() makes them unit vectors
+    prototypes: (K, D), of whatever length they came with; None where a method compares the embeddings themselves
+    """
+
+    prototypes: Tensor | None
+
+    def __init__(self, mlp: nn.Module | None, prototypes: Tensor | None) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.register_buffer("prototypes", prototypes)
+
+    def width(self, num_features: int) -> int:
+        """K, or D where there are no prototypes, for so many features."""
+        if self.prototypes is not None:
+            return len(self.prototypes)
+        linears = [] if self.mlp is None else [m for m in self.mlp.modules() if isinstance(m, nn.Linear)]
+        return linears[-1].out_features if linears else num_features
+
+    def embed(self, features: Tensor) -> Tensor:
+        """(..., C) features -> (..., D) float32 embeddings; BatchNorm in the MLP sees tokens as rows."""
+        if self.mlp is None:
+            return features.float()
+        rows = self.mlp(features.flatten(0, -2)).float()
+        return F.normalize(rows, dim=-1).view(*features.shape[:-1], -1)
+
+    def score(self, embeddings: Tensor) -> Tensor:
+        """(..., D) -> (..., K) in full precision: a temperature of 0.025 follows."""
+        if self.prototypes is None:
+            return embeddings
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.linear(embeddings.float(), self.prototypes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., K)."""
+        return self.score(self.embed(features))
 
 
 @torch.no_grad()
