@@ -81,11 +81,20 @@ def save_head(folder: Path, state: Mapping[str, Tensor], method: str) -> None:
 
 
 def load_head(folder: Path) -> dict[str, Tensor]:
-    """The projection head's tensors in the module's order, which the file's own is not; none if it was not kept."""
+    """The projection head's tensors in the module's order, which the file's own is not; none if it was not kept.
+
+    raises: WeightsError if another program wrote the file
+    """
     if not (folder / HEAD).is_file():
         return {}
     with safe_open(folder / HEAD, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in json.loads(file.metadata()["order"])}
+        order = (file.metadata() or {}).get("order")
+        if order is None:
+            raise WeightsError(
+                f"{folder / HEAD}: wanted a projection head as a run writes it, with its tensors' order beside them, "
+                "and there is none; take the run's own file, or remove this one to go without a head"
+            )
+        return {key: file.get_tensor(key) for key in json.loads(order)}
 
 
 def method_of_head(folder: Path) -> str | None:
@@ -93,7 +102,7 @@ def method_of_head(folder: Path) -> str | None:
     if not (folder / HEAD).is_file():
         return None
     with safe_open(folder / HEAD, framework="pt") as file:
-        method: str | None = file.metadata().get("method")
+        method: str | None = (file.metadata() or {}).get("method")
         return method
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tests.launch import DEMO, losses
 from tests.spawn import run_ranks
 from tests.teachers.runs import DINO, IBOT, MSN, SWAV, WHITENED, recipe_of, write_run
+from trainer import weights
 from trainer.assemble import build_method
 from trainer.methods.frozen import FrozenTeacher
 from trainer.methods.teacher import EMATeacher
@@ -90,6 +92,14 @@ def test_a_weights_folder_is_a_teacher_with_the_head_that_it_holds(dino_run: Pat
     of_folder = build_frozen(recipe_of(*DINO, frozen(f"file:{dino_run / 'weights/teacher'}")))
     assert torch.equal(of_run(views()), of_folder(views()))
     assert of_run.digest == of_folder.digest
+
+
+def test_a_head_that_another_program_wrote_again_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, *DINO)
+    head = tmp_path / "weights/teacher/head.safetensors"
+    save_file(load_file(head), head)
+    with pytest.raises(WeightsError, match="head.safetensors: wanted a projection head as a run writes it"):
+        weights.load_head(head.parent)
 
 
 def test_the_teacher_sees_its_own_normalisation_of_the_students_views(dino_run: Path) -> None:
