@@ -95,10 +95,10 @@ def test_a_weights_folder_is_a_teacher_with_the_head_that_it_holds(dino_run: Pat
 
 
 def test_a_head_that_another_program_wrote_again_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, *DINO)
-    head = tmp_path / "weights/teacher/head.safetensors"
+    write_run(tmp_path / "run", *DINO)
+    head = tmp_path / "run/weights/teacher/head.safetensors"
     save_file(load_file(head), head)
-    with pytest.raises(WeightsError, match="head.safetensors: wanted a projection head as a run writes it"):
+    with pytest.raises(WeightsError, match=r"head\.safetensors: wanted a projection head as a run writes it"):
         weights.load_head(head.parent)
 
 
