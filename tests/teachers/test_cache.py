@@ -19,7 +19,7 @@ from trainer.methods.frozen import FrozenTeacher
 from trainer.recipe import Recipe, RecipeError
 from trainer.show import show
 from trainer.teachers.build import build_frozen
-from trainer.teachers.cache import FOLDER, ROWS, SUMS, EmbeddingCache, num_bytes, open_cache
+from trainer.teachers.cache import FOLDER, ROWS, SUMS, EmbeddingCache, create_files, num_bytes, open_cache
 
 IDS = np.array([7, 3, 11, 5])
 CACHED = "cache_epochs: 1"
@@ -54,6 +54,14 @@ def test_what_was_written_is_read_for_the_same_images_of_the_same_epoch_alone(so
     assert cache.read(0, torch.tensor([3, 5])) is None, "5 was never written"
     again, _ = opened(recipe_with(source, tmp_path))
     assert torch.equal(again.read(1, torch.tensor([11])), second[:, 1]), "a resumed run finds it"
+
+
+def test_patches_are_kept_with_their_class_token(tmp_path: Path) -> None:
+    create_files(tmp_path, epochs=1, num_samples=4, shape=(2, 3, 5))
+    cache = EmbeddingCache(tmp_path, epochs=1, sample_ids=IDS, shape=(2, 3, 5))
+    tokens = torch.randn(2, 4, 3, 5)  # (T, B, 1 + N, D)
+    cache.write(0, torch.from_numpy(IDS), tokens.flatten(0, 1))
+    assert torch.equal(cache.read(0, torch.tensor([11, 7])), tokens[:, [2, 0]].flatten(0, 1))
 
 
 def test_a_row_that_was_half_written_does_not_count(source: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tests.teachers import checkpoints
 from tests.teachers.checkpoints import K, prefixed
 from tests.teachers.runs import DINO, recipe_of, stir
 from tests.teachers.test_frozen import frozen
+from tests.teachers.test_headless import REGRESSION
 from trainer.models.heads import DINOHead, SwAVHead
 from trainer.recipe import RecipeError
 from trainer.teachers.build import build_frozen
@@ -64,6 +66,16 @@ def test_ibots_tokens_are_the_class_token_and_then_the_patches(tmp_path: Path) -
     assert teacher([images()]).shape == (4, 1 + 16, K)
     torch.testing.assert_close(teacher([images()])[:, 0], alone)
     assert not torch.allclose(teacher([images()])[:, 1], alone, atol=1e-3)
+
+
+def test_a_file_of_a_backbone_alone_is_a_teacher_of_features(tmp_path: Path) -> None:
+    """As DINOv2's are: flat, with LayerScale and a mask token."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
+    backbone = checkpoints.ready(VisionTransformer(**sizes, init_values=0.1, num_classes=0))
+    torch.save(backbone.state_dict() | {"mask_token": torch.zeros(1, 64)}, tmp_path / "checkpoint.pth")
+    teacher = build_frozen(recipe_of(*REGRESSION, "method.out_dim=64", frozen(f"file:{tmp_path / 'checkpoint.pth'}")))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher([images()]), backbone(images()), rtol=1e-4, atol=1e-5)
 
 
 def test_the_students_branch_of_a_file_can_be_asked_for(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class Fit:
     count: int
     """How many; the method's num_prototypes."""
     num_images: int = 0
-    """Images drawn from data.train; 0 for all. Rank 0 holds their features: 4 bytes a number."""
+    """Images drawn from data.train; 0 for all. Each rank holds all their features for that: 4 bytes a number."""
     iterations: int = 20
     seed: int = 0
 

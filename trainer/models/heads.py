@@ -191,12 +191,13 @@ class FrozenHead(nn.Module):
     prototypes: (K, D), of whatever length they came with; None where a method compares the embeddings themselves
     """
 
-    prototypes: Tensor | None
+    prototypes: nn.Parameter | None
 
     def __init__(self, mlp: nn.Module | None, prototypes: Tensor | None) -> None:
         super().__init__()
         self.mlp = mlp
-        self.register_buffer("prototypes", prototypes)
+        fixed = None if prototypes is None else nn.Parameter(prototypes, requires_grad=False)
+        self.register_parameter("prototypes", fixed)
 
     def width(self, num_features: int) -> int:
         """K, or D where there are no prototypes, for so many features."""

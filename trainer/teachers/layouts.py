@@ -75,6 +75,7 @@ def _recognise(tree: dict[str, Any], flat: Tensors, config: Frozen, path: Path) 
         return _dino(tree, config, path)
     if any(name.startswith(("projection_head.", "prototypes.")) for name in flat):
         return _swav(flat, path)
+    flat.pop("mask_token", None)  # DINOv2's
     if flat:
         return Layout(None, flat, {})
     came = ", ".join(str(key) for key in list(tree)[:6]) or "nothing"

@@ -64,6 +64,8 @@ def _vit(state: Mapping[str, Tensor], config: Frozen, where: str) -> Backbone:
         "num_heads": embed_dim // HEAD_DIM,
         "dynamic_img_size": True,
     }
+    if "blocks.0.ls1.gamma" in state:
+        dimensions["init_values"] = 1.0  # LayerScale, as in DINOv2; the values come from the file
     name = VIT_NAMES.get(embed_dim, VIT_OTHER)
     return Backbone(name=name, init="timm", args=dimensions | config.args)
 
