@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks; the failing rank's traceback becomes the test's."""
 
 import multiprocessing
+import pickle
 import queue
 import socket
 import time
@@ -43,7 +44,7 @@ def _collect(results: Any, world: int, timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     while len(outcomes) < world:
         try:
-            rank, fault, value = results.get(timeout=max(0.1, deadline - time.monotonic()))
+            rank, fault, value = pickle.loads(results.get(timeout=max(0.1, deadline - time.monotonic())))
         except queue.Empty:
             raise AssertionError(f"ranks {set(range(world)) - set(outcomes)} gave nothing in {timeout_s} s") from None
         assert fault is None, f"rank {rank} failed:\n{fault}"
@@ -62,9 +63,9 @@ def _rank(rank: int, world: int, port: int, results: Any, function: Callable[...
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo")
-        results.put((rank, None, function(*args)))
+        results.put(pickle.dumps((rank, None, function(*args))))  # here: a queue's own would share tensors' memory
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        results.put((rank, traceback.format_exc(), None))
+        results.put(pickle.dumps((rank, traceback.format_exc(), None)))
         raise
