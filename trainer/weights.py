@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.models.backbones import Backbone, build_backbone, num_features
+from trainer.models.gating import dense_state
 from trainer.recipe import Recipe
 from trainer.run_dir import write_json
 from trainer.run_state import RunState
@@ -34,7 +35,7 @@ def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -
     for name, branch in branches.items():
         folder = run_dir / "weights" / name
         config = _config(recipe.backbone, num_features, size=views.global_views.size, mean=views.mean, std=views.std)
-        _save_network(folder, _under("backbone.", branch), config)
+        _save_network(folder, dense_state(_under("backbone.", branch)), config)
         save_head(folder, _under("head.", branch), recipe.method.name)
 
 
