@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.methods.test_cost import NoOperatorReads, NothingIsCopied
 from tests.spawn import run_ranks
 from trainer import distributed
 from trainer.methods.budget import Budget, Spent, annealed, bound, density_for, lagrangian, published_penalty, spent
@@ -15,13 +16,14 @@ from trainer.methods.simsiam import SimSiamConfig
 from trainer.methods.vicreg import VICReg, VICRegConfig
 from trainer.models.backbones import Backbone, build_backbone
 from trainer.models.gates import Gates
-from trainer.models.gating import cost_at, gated_pass, gates_of
+from trainer.models.gating import cost_at, gate_parameters, gated_pass, gates_of
+from trainer.optim import param_groups
 from trainer.schedules import Progress
 
 SIZE = 32
 GATES = Gates(target=0.4, initial_bias=0.0, anneal=0.0)
 BACKBONE = Backbone(
-    name="resnet18", gates=GATES, args={"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 16], "stem_width": 8}
+    name="resnet18", gates=GATES, args={"layers": [1, 1, 1, 1], "channels": [32, 32, 32, 32], "stem_width": 8}
 )
 COUNTS = ViewCounts(2, 0)
 
@@ -135,12 +137,31 @@ def test_a_step_that_was_skipped_leaves_the_multiplier_and_one_that_was_not_move
     assert method.budget.multiplier.item() == pytest.approx(0.5 * (sum(ratios) / 2 - 0.4), abs=1e-6)
 
 
-def settle(penalty: str, force: float = 1.5, steps: int = 400) -> float:
+def test_no_gated_step_waits_for_the_device() -> None:
+    method = gated(pairs="full")
+    with NoOperatorReads(), NothingIsCopied():
+        for seed in range(2):
+            method(views(seed=seed), None, at(0.5)).total.backward()
+            method.after_step(applied=True)
+
+
+def test_gates_neither_decay_nor_adapt() -> None:
+    method = gated()
+    groups = {group["name"]: group for group in param_groups(method, (), gate_parameters(method))}
+    plain = {id(parameter) for parameter in groups["vectors"]["params"]}
+    assert {id(p) for gate in gates_of(method.student.backbone) for p in gate.parameters()} <= plain
+    assert not groups["vectors"]["decays"]
+    assert not groups["vectors"]["adapts"]
+
+
+def settle(penalty: str, force: float = 1.5, steps: int = 200) -> float:
     """The hard ratio that a budget ends at while an objective pulls every gate open with a constant force."""
     torch.manual_seed(0)
-    network = build_backbone(replace(BACKBONE, gates=replace(GATES, penalty=penalty, bound_weight=0.0))).train()  # type: ignore[arg-type]
+    network = build_backbone(
+        replace(BACKBONE, gates=replace(GATES, penalty=penalty, bound_weight=0.0, multiplier_lr=1.0))
+    ).train()  # type: ignore[arg-type]
     budget = Budget(network)
-    optimizer = torch.optim.Adam([p for gate in gates_of(network) for p in gate.parameters()], lr=0.01)
+    optimizer = torch.optim.Adam([p for gate in gates_of(network) for p in gate.parameters()], lr=0.02)
     images, ratios = views()[0], []
     for step in range(steps):
         found = spent(gated_pass(network, images, "sampled").openings, cost_at(network, SIZE))

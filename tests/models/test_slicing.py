@@ -122,6 +122,7 @@ def test_a_budget_is_kept_and_used_up_to_a_channel(kind: str, target: float) -> 
 
 def test_a_budget_prefers_channels_that_open_more_often() -> None:
     network = trained("basic")
+    # most of so narrow a network is its stem
     rates = {gate.name: torch.linspace(0.1, 0.9, gate.num_channels).double() for gate in gates_of(network)}
-    for mask in within_budget(rates, cost_at(network, SIZE), 0.5).values():
+    for mask in within_budget(rates, cost_at(network, SIZE), 0.92).values():
         assert mask.tolist() == sorted(mask.tolist()), "the closed ones come first, as the rates rise"

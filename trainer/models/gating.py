@@ -114,12 +114,18 @@ def gated_pass(network: nn.Module, images: Tensor, mode: Mode) -> Pass:
         return Pass(network(images), openings)
 
 
+def always_hard(network: nn.Module) -> None:
+    """Let a finished gated network decide image by image wherever no other mode is asked for."""
+    gating_of(network).switch.mode = "hard"
+
+
 class InMode(nn.Module):
     """A gated network as a network of one mode, for those who evaluate networks: (B, 3, S, S) -> features."""
 
     def __init__(self, network: nn.Module, mode: Mode) -> None:
         super().__init__()
         self.network, self.mode = network, mode
+        self.train(network.training)
 
     def forward(self, images: Tensor) -> Tensor:
         """A pass in the mode."""
