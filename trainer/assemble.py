@@ -17,6 +17,7 @@ from trainer.methods.frozen import Frozen, FrozenTeacher
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMA, EMATeacher
 from trainer.models.backbones import build_backbone, check_sizes, synchronise_batchnorm
+from trainer.models.gating import check_target, gate_parameters
 from trainer.optim import build_optimizer, param_groups
 from trainer.recipe import Recipe, RecipeError
 from trainer.run_state import RunState, load_engine, load_generators, load_networks
@@ -87,12 +88,12 @@ def count_classes(beton: BetonInfo) -> int:
 def check_backbone(recipe: Recipe) -> None:
     """Whether the network takes every size and does all that the method asks of it; RecipeError if it does not."""
     views, knn = recipe.views, recipe.evals.knn
-    sizes = {group.size for group in (views.global_views, views.local_views) if group.count}
-    if recipe.data.val is not None and knn.every_epochs:
-        sizes.add(knn.size)
+    sizes = {view.size for view in views.each()}
+    evaluated = {knn.size} if recipe.data.val is not None and knn.every_epochs else set()
     try:
         network = build_backbone(recipe.backbone)
-        check_sizes(network, sizes)
+        check_target(network, sizes)
+        check_sizes(network, sizes | evaluated)
         recipe.method.build(network, recipe.views.counts)
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -151,7 +152,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
-    optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters()))
+    optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters(), gate_parameters(method)))
     engine = build_engine(method, optimizer, ds_config)
     if recipe.run.compile:
         engine.compile()

@@ -8,6 +8,7 @@ from typing import Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -112,6 +113,32 @@ def gather_equal_rows(tensor: Tensor) -> Tensor:
     rows = [torch.empty_like(tensor) for _ in range(world())]
     dist.all_gather(rows, tensor.contiguous())
     return torch.cat(rows)
+
+
+class _Gather(torch.autograd.Function):
+    """The gradient of the mean over ranks of one common loss: this rank's rows of it, times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: typing.Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        return gather_equal_rows(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: typing.Any, gradient: Tensor) -> Tensor:
+        start = rank() * ctx.num_rows
+        return gradient[start : start + ctx.num_rows] * world()
+
+
+def gather_for_common_loss(rows: Tensor) -> Tensor:
+    """As `gather_equal_rows`, with a gradient, for losses that every rank computes alike from all ranks' rows.
+
+    Gradients are averaged over ranks in the end, and only this rank knows its rows' part; nothing is sent backwards.
+    """
+    if world() == 1:
+        return rows
+    gathered: Tensor = _Gather.apply(rows)
+    return gathered
 
 
 def from_main(value: T) -> T:

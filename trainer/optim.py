@@ -59,18 +59,23 @@ class Optim:
         return self.base_lr * self.global_batch / 256
 
 
-def param_groups(module: nn.Module, frozen_at_start: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
+def param_groups(
+    module: nn.Module, frozen_at_start: Iterable[Tensor] = (), plain: Iterable[Tensor] = ()
+) -> list[dict[str, Any]]:
     """Sort trainable parameters by how they decay and adapt; empty groups are left out.
 
     decay: everything else; depthwise: 4-D with one input channel, no decay, still adapted by LARS;
-    vectors: biases and norms, neither; frozen: those that a method freezes at first, decayed like the first group.
+    vectors: biases, norms, and those that `plain` names (of gates), neither; frozen: those that a method freezes at
+    first, decayed like the first group.
     source: SSLight utils/param_utils.py
     """
     frozen_ids = {id(parameter) for parameter in frozen_at_start}
+    plain_ids = {id(parameter) for parameter in plain}
     members: dict[str, list[nn.Parameter]] = {"decay": [], "depthwise": [], "vectors": [], "frozen": []}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            members["frozen" if id(parameter) in frozen_ids else _kind(parameter)].append(parameter)
+            kind = "vectors" if id(parameter) in plain_ids else _kind(parameter)
+            members["frozen" if id(parameter) in frozen_ids else kind].append(parameter)
     return [
         {"params": params, "name": name, "decays": name in ("decay", "frozen"), "adapts": name != "vectors"}
         for name, params in members.items()

@@ -107,6 +107,8 @@ def _cross_check(recipe: Recipe) -> str | None:
     )
     if fault is not None:
         return f"method.{recipe.method.name}: {fault}"
+    if recipe.backbone.gates is not None and not getattr(recipe.method, "takes_gates", False):
+        return f"backbone.gates: method.{recipe.method.name} does not train gates so far; take vicreg or simsiam"
     if recipe.probe and recipe.optim.gradient_clipping > 0:
         return (
             f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "

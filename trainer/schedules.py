@@ -16,6 +16,8 @@ class Progress:
     """The EMA teacher's m."""
     seed: int = 0
     """The run's, for what a method draws."""
+    done: float = 0.0
+    """The share of the run that lies behind."""
 
 
 def cosine(start: float, final: float, step: int, num_steps: int) -> float:
@@ -72,4 +74,5 @@ class Schedules:
             weight_decay=cosine(self.weight_decay, self.final_weight_decay, step, self.num_steps),
             momentum=cosine(self.momentum, self.final_momentum, step, self.num_steps),
             seed=self.seed,
+            done=step / self.num_steps,
         )

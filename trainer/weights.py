@@ -1,5 +1,6 @@
 """Backbone weights as timm loads them: a folder with model.safetensors and config.json (`local-dir:` in timm)."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.models.backbones import Backbone, build_backbone, num_features
+from trainer.models.gates import Gates
+from trainer.models.gating import always_hard, dense_state, is_gated
+from trainer.models.slicing import first_channels, narrow
 from trainer.recipe import Recipe
 from trainer.run_dir import write_json
 from trainer.run_state import RunState
@@ -24,18 +28,24 @@ class WeightsError(ValueError):
 
 
 def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -> None:
-    """Write weights/student and weights/teacher of a checkpoint; `timm.create_model("local-dir:...")` loads either."""
+    """Write weights/student and weights/teacher of a checkpoint; `timm.create_model("local-dir:...")` loads either.
+
+    The student of a gated run is its dense network; weights/gated has gates and both sets of norms, for us alone.
+    """
     views, teacher = recipe.views, state.teacher()
     method = state.method()
     prototypes = {f"head.{name}": value for name, value in method.items() if name.startswith("prototypes.")}
     branches = {"student": _under("student.", method) | prototypes}
     if teacher is not None:
         branches["teacher"] = _under("branch.", teacher) | prototypes
+    config = _config(recipe.backbone, num_features, size=views.global_views.size, mean=views.mean, std=views.std)
     for name, branch in branches.items():
         folder = run_dir / "weights" / name
-        config = _config(recipe.backbone, num_features, size=views.global_views.size, mean=views.mean, std=views.std)
-        _save_network(folder, _under("backbone.", branch), config)
+        _save_network(folder, dense_state(_under("backbone.", branch)), config)
         save_head(folder, _under("head.", branch), recipe.method.name)
+    if recipe.backbone.gates is not None:
+        gates = {"gates": dataclasses.asdict(recipe.backbone.gates)}
+        _save_network(run_dir / "weights" / "gated", _under("backbone.", branches["student"]), config | gates)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,6 +57,15 @@ def save_backbone(
 ) -> None:
     """Write one backbone in fp32, each file whole or not at all."""
     _save_network(folder, network.state_dict(), _config(spec, num_features(network), size=size, mean=mean, std=std))
+
+
+def save_sliced(folder: Path, network: nn.Module, like: Mapping[str, Any], widths: Mapping[str, int]) -> None:
+    """Write a sliced network with its widths; timm's own architecture is wider, so `load_backbone` reads it back.
+
+    like: the config of the gated network that it was cut from
+    """
+    config = {key: value for key, value in like.items() if key != "gates"}
+    _save_network(folder, network.state_dict(), config | {"widths": dict(widths)})
 
 
 def _save_network(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -120,14 +139,18 @@ def sha256(path: Path) -> str:
 
 
 def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a weights folder, and its timm config; every key must fit.
+    """The network of a weights folder, and its timm config; every key must fit. A gated one runs with hard gates.
 
     raises: WeightsError if the folder is none, or its tensors and its architecture differ
     """
     config = read_config(folder)
     spec = spec_of(config)
     network = build_backbone(spec)
+    if "widths" in config:
+        narrow(network, first_channels(network, config["widths"]))
     load_strictly(network, load_file(folder / MODEL), f"{folder}: {spec.name} {spec.args}")
+    if is_gated(network):
+        always_hard(network)
     return network, config
 
 
@@ -184,4 +207,5 @@ def spec_of(config: dict[str, Any]) -> Backbone:
         init="timm",
         pos_embed=config.get("pos_embed", "timm"),
         args=config.get("model_args", {}),
+        gates=Gates(**config["gates"]) if "gates" in config else None,
     )

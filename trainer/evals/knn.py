@@ -14,6 +14,7 @@ from trainer.evals.labels import count_classes
 from trainer.evals.sources import Results, Source
 from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
+from trainer.models.gating import InMode, is_gated
 from trainer.protocols import KNN
 from trainer.recipe import Data, Recipe
 
@@ -95,6 +96,8 @@ def evaluate_branches(
 ) -> dict[str, float]:
     """Student's and teacher's k-NN during training, under the names of metrics.jsonl."""
     networks: dict[str, nn.Module] = {"student": method.student.backbone}
+    if is_gated(method.student.backbone):
+        networks["gated"] = InMode(method.student.backbone, "hard")
     if teacher is not None:
         networks["teacher"] = teacher.branch.backbone
     results = evaluate(networks, recipe.data, recipe.evals.knn, reader_of(recipe, device))

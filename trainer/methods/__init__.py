@@ -6,6 +6,18 @@ from trainer.methods.moco import MoCoConfig
 from trainer.methods.msn import MSNConfig
 from trainer.methods.regression import RegressionConfig
 from trainer.methods.seed import SEEDConfig
+from trainer.methods.simsiam import SimSiamConfig
 from trainer.methods.swav import SwAVConfig
+from trainer.methods.vicreg import VICRegConfig
 
-AnyMethod = DINOConfig | IBOTConfig | MoCoConfig | MSNConfig | RegressionConfig | SEEDConfig | SwAVConfig
+AnyMethod = (
+    DINOConfig
+    | IBOTConfig
+    | MoCoConfig
+    | MSNConfig
+    | RegressionConfig
+    | SEEDConfig
+    | SimSiamConfig
+    | SwAVConfig
+    | VICRegConfig
+)

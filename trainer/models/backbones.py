@@ -10,6 +10,8 @@ import torch
 from timm.layers import DropPath, PatchEmbed, convert_sync_batchnorm
 from torch import Tensor, nn
 
+from trainer.models.gates import Gates
+from trainer.models.gating import add_gates
 from trainer.models.norm import SyncBatchNorm
 from trainer.models.positions import resample_as_published
 
@@ -32,6 +34,8 @@ class Backbone:
     activation_checkpointing: bool = False
     """Keep few activations and compute the others again in the backward pass: less memory, more time.
     For networks without BatchNorm, which would count every batch twice."""
+    gates: Gates | None = None
+    """Channel gates, for networks of ResNet's and MobileNetV2's blocks; null for a network that is dense only."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, such as {dynamic_img_size: true} or {drop_path_rate: 0.1}."""
 
@@ -60,6 +64,8 @@ def build_backbone(spec: Backbone, **overrides: Any) -> nn.Module:
         initialise_like_sslight(network)
     if spec.pos_embed == "reference":
         resample_as_published(network)
+    if spec.gates is not None:
+        add_gates(network, spec.gates)
     if spec.activation_checkpointing:
         _checkpoint_activations(network, spec.name)
     return network

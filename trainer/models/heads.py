@@ -133,6 +133,27 @@ class SwAVHead(nn.Module):
         return F.normalize(self.mlp(x), dim=-1)
 
 
+def projector(embed_dim: int, *, hidden_dim: int, out_dim: int, last_norm: bool = False) -> nn.Sequential:
+    """Three linear layers with BatchNorm and ReLU between them: VICReg's, and with a last BatchNorm SimSiam's.
+
+    The last BatchNorm only normalises: its weights stay 1 and 0. Layers are drawn as torch draws them.
+    source: arXiv 2105.04906, section 4.2; arXiv 2011.10566, section 3
+    """
+    layers: list[nn.Module] = []
+    for wide, narrow in ((embed_dim, hidden_dim), (hidden_dim, hidden_dim)):
+        layers += [nn.Linear(wide, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(hidden_dim, out_dim, bias=False))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(out_dim).requires_grad_(False))
+    return nn.Sequential(*layers)
+
+
+def predictor(out_dim: int, *, hidden_dim: int) -> nn.Sequential:
+    """SimSiam's: narrow in the middle, (B, D) -> (B, D)."""
+    inner = nn.Linear(out_dim, hidden_dim, bias=False)
+    return nn.Sequential(inner, nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+
+
 class MSNHead(nn.Module):
     """MLP with two hidden layers, to vectors that are not normalised yet: (B, D) -> (B, out_dim).
 
