@@ -154,14 +154,14 @@ def test_gates_neither_decay_nor_adapt() -> None:
     assert not groups["vectors"]["adapts"]
 
 
-def settle(penalty: str, force: float = 1.5, steps: int = 200) -> float:
+def settle(penalty: str, force: float = 0.5, steps: int = 200) -> float:
     """The hard ratio that a budget ends at while an objective pulls every gate open with a constant force."""
     torch.manual_seed(0)
     network = build_backbone(
-        replace(BACKBONE, gates=replace(GATES, penalty=penalty, bound_weight=0.0, multiplier_lr=1.0))
+        replace(BACKBONE, gates=replace(GATES, penalty=penalty, bound_weight=0.0, multiplier_lr=0.3))
     ).train()  # type: ignore[arg-type]
     budget = Budget(network)
-    optimizer = torch.optim.Adam([p for gate in gates_of(network) for p in gate.parameters()], lr=0.02)
+    optimizer = torch.optim.Adam([p for gate in gates_of(network) for p in gate.parameters()], lr=0.004)
     images, ratios = views()[0], []
     for step in range(steps):
         found = spent(gated_pass(network, images, "sampled").openings, cost_at(network, SIZE))
