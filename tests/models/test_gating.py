@@ -186,7 +186,8 @@ def test_counts_are_the_open_channels_of_each_image_and_gate() -> None:
     assert found.tolist() == [[opening.mask[i].sum().item() for opening in openings] for i in range(4)]
     assert found.shape == (4, 5)
     assert bool((found >= 1).all())
-    assert 0.3 < cost_at(network, SIZE).ratio(found).mean().item() < 0.8
+    cost = cost_at(network, SIZE)
+    assert cost.floor < cost.ratio(found).mean().item() < 1
 
 
 def test_a_copy_of_a_gated_network_has_a_switch_of_its_own() -> None:
