@@ -1,0 +1,124 @@
+"""VICReg, SimSiam and gated networks through the whole loop: ranks, ZeRO, pauses, weights of both networks."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tests.launch import DEMO, TINY, losses, metrics
+from tests.spawn import run_ranks
+from tests.test_equivalence import LIVELY, PIECES, go_back_to_step_3
+from trainer import weights
+from trainer.models.gating import gated_pass, gates_of, in_mode
+from trainer.models.slicing import at_least, open_rates, slice_network, widths
+
+VICREG = ("method={name: vicreg, hidden_dim: 32, out_dim: 32}", "teacher={kind: none}", "views.local_views.count=0")
+SIMSIAM = ("method={name: simsiam, hidden_dim: 32, out_dim: 32, predictor_dim: 8}", *VICREG[1:])
+WIDE = "backbone.args.channels=[32, 32, 32, 32]"
+"""In narrower networks the stem of 64 channels costs more than any target leaves."""
+GATES = ("backbone.gates={target: 0.75, initial_bias: 0.0}", WIDE)
+FULL = ("backbone.gates={target: 0.75, pairs: full}", WIDE)
+CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "vicreg": (VICREG, None),
+    "gated": ((*VICREG, *GATES), None),
+    "gated-zero3": ((*VICREG, *GATES), PIECES),
+    "gated-simsiam": ((*SIMSIAM, *FULL, "optim.accumulation=2", "optim.name=lars"), None),
+}
+PAUSED = ("gated-zero3", "gated-simsiam")
+
+
+def train(data: Path, out: Path) -> None:
+    """On each rank: 12 steps of every case; then the last nine of some once more, as after a pause."""
+    from trainer import distributed
+    from trainer.loop import pretrain
+    from trainer.recipe_file import load_recipe
+
+    pieces = data / f"gated_pieces_{distributed.rank()}.json"
+    pieces.write_text(PIECES)
+
+    def once(name: str, case: str) -> None:
+        overrides, config = CASES[case]
+        paths = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"run.dir={out / name}"]
+        paths += ["run.checkpoint_every_epochs=0.5", "run.keep_checkpoints=9", "evals.knn.every_epochs=2"]
+        settings = [*TINY, *LIVELY, "evals.probe.every_epochs=0", *overrides, *paths]
+        pretrain(load_recipe(DEMO, settings), DEMO, None if config is None else pieces)
+
+    for case in CASES:
+        once(case, case)
+    for case in PAUSED:
+        go_back_to_step_3(out / case, out / f"{case}-paused")
+        once(f"{case}-paused", case)
+
+
+@pytest.fixture(scope="module")
+def runs(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run a case, on two ranks."""
+    out = tmp_path_factory.mktemp("gated")
+    run_ranks(train, synthetic, out, timeout_s=900)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_trains_twelve_finite_steps(case: str, runs: Path) -> None:
+    found = losses(runs / case)
+    assert list(found) == list(range(12))
+    assert all(abs(value) < 100 for value in found.values())
+
+
+@pytest.mark.parametrize("case", PAUSED)
+def test_a_paused_run_goes_on_to_the_bit(case: str, runs: Path) -> None:
+    straight, paused = losses(runs / case), losses(runs / f"{case}-paused")
+    assert {step: paused[step] for step in range(3, 12)} == {step: straight[step] for step in range(3, 12)}
+
+
+def test_zero_3_trains_the_same_gates(runs: Path) -> None:
+    for key in ("loss", "gates/ratio", "gates/multiplier"):
+        whole, pieces = ([record[key] for record in metrics(runs / case)] for case in ("gated", "gated-zero3"))
+        assert whole[:4] == pytest.approx(pieces[:4], rel=2e-3), key
+
+
+def test_the_multiplier_follows_the_hard_ratio(runs: Path) -> None:
+    records = metrics(runs / "gated")
+    for before, after in itertools.pairwise(records):
+        step = 0.1 * (before["gates/hard_ratio"] - before["gates/target"])
+        assert after["gates/multiplier"] - before["gates/multiplier"] == pytest.approx(step, abs=1e-5)
+
+
+def test_dense_and_gated_network_are_evaluated_side_by_side(runs: Path) -> None:
+    lines = [json.loads(line) for line in (runs / "gated/metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = [line for line in lines if "knn/student_top1" in line]
+    assert 0 <= evaluated["knn/gated_top1"] <= 100
+    assert evaluated["knn/gated_rank_me"] != evaluated["knn/student_rank_me"]
+    lines = [json.loads(line) for line in (runs / "vicreg/metrics.jsonl").read_text().splitlines()]
+    assert not any("knn/gated_top1" in line for line in lines)
+
+
+def test_timm_loads_the_dense_network_and_we_the_gated_one(runs: Path) -> None:
+    folder = runs / "gated/weights"
+    dense = timm.create_model(f"local-dir:{folder / 'student'}", pretrained=True, num_classes=0).eval()
+    gated, _ = weights.load_backbone(folder / "gated")
+    gated.eval()
+    images = torch.randn(4, 3, 32, 32)
+    hard = gated_pass(gated, images, "hard").features
+    assert torch.equal(gated(images), hard), "it runs with hard gates unless told otherwise"
+    with in_mode(gated, "dense"):
+        assert torch.equal(gated(images), dense(images))
+    assert not torch.allclose(hard, dense(images))
+
+
+def test_a_sliced_network_comes_back_from_its_folder(runs: Path, tmp_path: Path) -> None:
+    gated, config = weights.load_backbone(runs / "gated/weights/gated")
+    plain, _ = weights.load_backbone(runs / "gated/weights/student")
+    gated.eval()
+    images = torch.randn(8, 3, 32, 32)
+    masks = at_least(open_rates(gated, [images]), 0.5)
+    sliced = slice_network(gated, plain, masks)
+    weights.save_sliced(tmp_path / "small", sliced, config, widths(masks))
+    again, of_small = weights.load_backbone(tmp_path / "small")
+    assert torch.equal(again.eval()(images), sliced(images))
+    assert of_small["widths"] == widths(masks)
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in plain.parameters())
+    assert not gates_of(again)
