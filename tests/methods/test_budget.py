@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.methods.test_cost import NoOperatorReads, NothingIsCopied
-from trainer.methods.budget import Budget, annealed, bound, density_for, lagrangian, published_penalty, spent
+from tests.spawn import run_ranks
+from trainer import distributed
+from trainer.methods.budget import Budget, Spent, annealed, bound, density_for, lagrangian, published_penalty, spent
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.pairs import PLANS
 from trainer.methods.simsiam import SimSiamConfig
@@ -172,6 +174,26 @@ def settle(penalty: str, force: float = 0.5, steps: int = 200) -> float:
     return sum(ratios[-50:]) / 50
 
 
-def test_the_lagrangian_meets_the_budget_with_hard_gates_where_the_published_penalty_misses_it() -> None:
+def test_against_a_weak_force_the_lagrangian_comes_to_the_target_and_the_published_penalty_does_not() -> None:
     assert settle("lagrangian") == pytest.approx(0.75, abs=0.01)
     assert settle("published") > 0.8
+
+
+def penalties_of_rank_share() -> list[float]:
+    """Loss, the gradient of each of eight images' ratios as an engine would average it, the multiplier behind."""
+    torch.manual_seed(0)
+    budget = Budget(build_backbone(BACKBONE))
+    ratios = torch.linspace(0.2, 0.9, 8).requires_grad_()
+    mine = ratios[distributed.rank() :: distributed.world()]
+    share = Spent(mine, mine * 1.1, mine[:, None].expand(-1, 4))
+    loss, _ = budget.loss([share], 0.4, at(0.1))
+    loss.backward()
+    budget.after_step(applied=True)
+    assert ratios.grad is not None
+    return [loss.item(), budget.multiplier.item(), *distributed.mean_over_ranks(ratios.grad).tolist()]
+
+
+def test_penalties_and_multiplier_on_two_ranks_are_those_of_one_with_all_images() -> None:
+    first, second = run_ranks(penalties_of_rank_share)
+    assert first == second
+    assert first == pytest.approx(penalties_of_rank_share(), rel=1e-5)
