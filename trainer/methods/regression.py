@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
+from trainer.methods.joint_embedding import (
+    LossOut,
+    Method,
+    ViewCounts,
+    check_weights,
+    split_views,
+    too_few_views,
+    weighted,
+)
 from trainer.methods.losses import Pairing, partners
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import PlainMLP
@@ -43,7 +51,7 @@ class RegressionConfig:
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
         """What is wrong with the regression in this recipe, or None."""
-        return need_frozen(teacher) or need_views(self.pairing, counts) or check_weights(self, counts)
+        return need_frozen(teacher) or too_few_views("feature regression", self.pairing, counts) or check_weights(self, counts)
 
     def build(self, backbone: nn.Module, counts: ViewCounts) -> "Regression":
         """The regression around the backbone."""
@@ -56,14 +64,6 @@ def need_frozen(teacher: str) -> str | None:
     if teacher == "frozen":
         return None
     return f"it takes a frozen teacher's features, which do not collapse, got teacher.kind {teacher}; set it to frozen"
-
-
-def need_views(pairing: Pairing, counts: ViewCounts) -> str | None:
-    """What is wrong with the number of global views under a pairing, or None."""
-    least = 2 if pairing == "swapped" else 1
-    if counts.global_views >= least:
-        return None
-    return f"pairing {pairing} needs at least {least} global views, got {counts.global_views}"
 
 
 class Regression(Method):

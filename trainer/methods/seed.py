@@ -9,10 +9,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from trainer import distributed
-from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
+from trainer.methods.joint_embedding import (
+    LossOut,
+    Method,
+    ViewCounts,
+    check_weights,
+    split_views,
+    too_few_views,
+    weighted,
+)
 from trainer.methods.losses import Pairing, Partners, partners
 from trainer.methods.queue import KeyQueue
-from trainer.methods.regression import need_frozen, need_views
+from trainer.methods.regression import need_frozen
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import PlainMLP
 from trainer.schedules import Progress
@@ -54,7 +62,7 @@ class SEEDConfig:
             return (
                 f"queue_size {self.queue_size} must be a multiple of optim.global_batch {global_batch}; {near} is near"
             )
-        return need_frozen(teacher) or need_views(self.pairing, counts) or check_weights(self, counts)
+        return need_frozen(teacher) or too_few_views("SEED", self.pairing, counts) or check_weights(self, counts)
 
     def build(self, backbone: nn.Module, counts: ViewCounts) -> "SEED":
         """SEED around the backbone."""

@@ -1,5 +1,5 @@
 /* The entropy decoder of most JPEGs, in place of libjpeg's, which takes half of a sample's time: one look into a table
- * yields a coefficient's run, value and length at once, and up to seven bytes are read together.
+ * yields up to two coefficients, their places and length at once, and up to seven bytes are read together.
  *
  * It knows sound data only. Whatever it did not expect, such as a code that does not exist or a marker too early, makes
  * libjpeg decode the image from its start: what is damaged, and what can be made of it, is libjpeg's to say.
@@ -11,8 +11,8 @@
 
 #include <jpeglib.h>
 
-/* libjpeg's inner interfaces; where they are not installed, libjpeg decodes. */
-#if defined(__has_include) && !defined(VIEWS_PORTABLE)
+/* libjpeg's inner interfaces; where they are not installed, or bytes lie the other way round, libjpeg decodes. */
+#if defined(__has_include) && !defined(VIEWS_PORTABLE) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #if __has_include(<jpegint.h>)
 #include <jpegint.h>
 #define HAS_HUFFMAN
