@@ -51,7 +51,7 @@ class RegressionConfig:
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
         """What is wrong with the regression in this recipe, or None."""
-        return need_frozen(teacher) or too_few_views("feature regression", self.pairing, counts) or check_weights(self, counts)
+        return need_frozen(teacher) or too_few_views("regression", self.pairing, counts) or check_weights(self, counts)
 
     def build(self, backbone: nn.Module, counts: ViewCounts) -> "Regression":
         """The regression around the backbone."""
