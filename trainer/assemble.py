@@ -152,7 +152,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     if saved is not None:
         load_networks(saved, method, teacher)  # now: the engine takes its own copies, and ZeRO 3 the parameters apart
     plain = copy.deepcopy(method) if zero_stage(ds_config) == 3 else method
-    optimizer = build_optimizer(recipe.optim, param_groups(method, method.frozen_parameters(), gate_parameters(method)))
+    optimizer = build_optimizer(recipe.optim, _groups(recipe, method))
     engine = build_engine(method, optimizer, ds_config)
     if recipe.run.compile:
         engine.compile()
@@ -161,6 +161,12 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     load_generators(saved, recipe.seed)
     cache = open_cache(recipe, plain, teacher, loader.sample_ids) if isinstance(teacher, FrozenTeacher) else None
     return Assembly(loader, schedules, method, plain, teacher, cache, engine, 0 if saved is None else saved.step)
+
+
+def _groups(recipe: Recipe, method: Method) -> list[dict[str, Any]]:
+    gates = recipe.backbone.gates
+    scale = 1.0 if gates is None else gates.lr_scale
+    return param_groups(method, method.frozen_parameters(), gate_parameters(method), gate_lr_scale=scale)
 
 
 def readable(run: Assembly) -> Method:

@@ -60,24 +60,35 @@ class Optim:
 
 
 def param_groups(
-    module: nn.Module, frozen_at_start: Iterable[Tensor] = (), plain: Iterable[Tensor] = ()
+    module: nn.Module,
+    frozen_at_start: Iterable[Tensor] = (),
+    gates: Iterable[Tensor] = (),
+    *,
+    gate_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Sort trainable parameters by how they decay and adapt; empty groups are left out.
 
     decay: everything else; depthwise: 4-D with one input channel, no decay, still adapted by LARS;
-    vectors: biases, norms, and those that `plain` names (of gates), neither; frozen: those that a method freezes at
-    first, decayed like the first group.
+    vectors: biases and norms, neither; gates: neither, at a learning rate of their own; frozen: those that a method
+    freezes at first, decayed like the first group.
+    gate_lr_scale: the gates' learning rate over that of all others
     source: SSLight utils/param_utils.py
     """
     frozen_ids = {id(parameter) for parameter in frozen_at_start}
-    plain_ids = {id(parameter) for parameter in plain}
-    members: dict[str, list[nn.Parameter]] = {"decay": [], "depthwise": [], "vectors": [], "frozen": []}
+    gate_ids = {id(parameter) for parameter in gates}
+    members: dict[str, list[nn.Parameter]] = {"decay": [], "depthwise": [], "vectors": [], "gates": [], "frozen": []}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            kind = "vectors" if id(parameter) in plain_ids else _kind(parameter)
+            kind = "gates" if id(parameter) in gate_ids else _kind(parameter)
             members["frozen" if id(parameter) in frozen_ids else kind].append(parameter)
     return [
-        {"params": params, "name": name, "decays": name in ("decay", "frozen"), "adapts": name != "vectors"}
+        {
+            "params": params,
+            "name": name,
+            "decays": name in ("decay", "frozen"),
+            "adapts": name not in ("vectors", "gates"),
+            "lr_scale": gate_lr_scale if name == "gates" else 1.0,
+        }
         for name, params in members.items()
         if params
     ]
@@ -101,7 +112,7 @@ def build_optimizer(optim: Optim, groups: list[dict[str, Any]]) -> "AdamW | LARS
 def set_progress(optimizer: torch.optim.Optimizer, progress: Progress, *, frozen: bool) -> None:
     """Give every group this step's learning rate and weight decay, and freeze or thaw the group `frozen`."""
     for group in optimizer.param_groups:
-        group["lr"] = progress.lr
+        group["lr"] = progress.lr * group["lr_scale"]
         group["weight_decay"] = progress.weight_decay if group["decays"] else 0.0
         group["frozen"] = frozen and group["name"] == "frozen"
 

@@ -33,12 +33,15 @@ class Gates:
     penalty: Literal["lagrangian", "published"] = "lagrangian"
     """lagrangian: an augmented one, whose multiplier grows until hard gates meet the target; published: strength x
     (ratio - target)^2 of sampled gates, which misses it by points."""
-    strength: float = 5.0
-    """lambda, of the quadratic term."""
-    multiplier_lr: float = 0.1
+    strength: float = 100.0
+    """lambda, of the quadratic term; published with 5."""
+    multiplier_lr: float = 2.0
     """How far a step moves the Lagrangian's multiplier, for a ratio that is off by 1."""
-    anneal: float = 0.1
+    anneal: float = 0.25
     """The target falls from 1 in a straight line over this share of the run; 0 asks for all of it at once."""
+    lr_scale: float = 10.0
+    """The gates' learning rate over that of all other weights; at 1, as published, Adam moves them too slowly for short
+    runs."""
     bound_weight: float = 1.0
     """gamma, of the term that keeps every gate's share of open channels in an interval that widens."""
 
@@ -47,6 +50,8 @@ class Gates:
             raise ValueError(f"hidden_dim must be at least 1, got {self.hidden_dim}; null for a quarter of the input")
         if not self.tau > 0:
             raise ValueError(f"tau must be above 0, got {self.tau}")
+        if not self.lr_scale > 0:
+            raise ValueError(f"lr_scale must be above 0, got {self.lr_scale}")
         if not 0 < self.target < 1:
             raise ValueError(f"target must lie in (0, 1), got {self.target}")
         if not 0 <= self.anneal < 1:
