@@ -113,6 +113,13 @@ def test_timm_loads_the_dense_network_and_we_the_gated_one(runs: Path) -> None:
     assert not torch.allclose(hard, dense(images))
 
 
+def test_the_teacher_of_a_gated_student_is_saved_as_a_dense_network(runs: Path) -> None:
+    for network in ("student", "teacher"):
+        folder = runs / "gated-moco/weights" / network
+        dense = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        assert dense(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
 def test_a_sliced_network_comes_back_from_its_folder(runs: Path, tmp_path: Path) -> None:
     gated, config = weights.load_backbone(runs / "gated/weights/gated")
     plain, _ = weights.load_backbone(runs / "gated/weights/student")

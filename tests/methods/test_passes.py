@@ -1,6 +1,7 @@
 """Gates under methods whose targets are dense: which view passes how, what it meets, and what it may cost."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from trainer.methods.teacher import EMATeacher
 from trainer.models.backbones import Backbone, build_backbone
 from trainer.models.gates import Gates
 from trainer.models.gating import cost_at, dense_state, gates_of
+from trainer.models.heads import PlainMLP
+from trainer.recipe import RecipeError
+from trainer.recipe_file import load_recipe
 from trainer.schedules import Progress
 
 BATCH, SIZES = 4, (32, 24)
@@ -105,6 +109,28 @@ def test_targets_are_dense_whatever_the_gates_do(name: str) -> None:
         entropies = [parts[key] for key in ("code_entropy", "teacher_entropy") if key in parts]
         found.append([*kept, *entropies])
     assert all(torch.equal(opened, closed) for opened, closed in zip(*found, strict=True))
+
+
+def test_views_under_a_frozen_teacher_pass_both_ways_too() -> None:
+    """RoB's pairing: a view meets the targets of itself, and SwAV's first view has nothing to predict."""
+    head = PlainMLP(hidden_dim=8, norm=True, activation="relu")
+    same_view = replace(METHODS["dino"], pairing="same_view", centering="none")
+    scores = {"codes": "teacher", "prototypes": "none", "mlp_head": head, "targets": "first_view"}
+    for config, num_targets in ((same_view, 2), (replace(METHODS["swav"], **scores), 1)):
+        torch.manual_seed(0)
+        method: Method = config.build(build_backbone(replace(BACKBONE, gates=Gates(target=0.75))), COUNTS)
+        targets = torch.randn(num_targets * BATCH, 8)
+        loss = method(views(), targets, AT)
+        loss.total.backward()
+        assert loss.views_finite is not None
+        assert len(loss.views_finite) == len(method.seen_views) == 5
+        assert all(gate.expand.bias.grad is not None for gate in gates_of(method.student.backbone))
+
+
+def test_methods_that_train_no_gates_name_those_that_do() -> None:
+    recipe = Path(__file__).parents[2] / "recipes/smoke/regression.yaml"
+    with pytest.raises(RecipeError, match=r"regression does not train gates; take one of barlow, dino, moco, simsiam"):
+        load_recipe(recipe, ["data.train=train.beton", "backbone.gates={target: 0.5}"])
 
 
 def test_a_budget_counts_each_crop_size_for_itself() -> None:
