@@ -36,6 +36,19 @@ def test_every_variant_can_be_built_and_can_meet_its_budget(path: Path, name: st
     assert num_features(network) in (512, 1280)
 
 
+HALF = "Gated, at half of the cost"
+SMOKE = [path for path in sorted((GATED[0].parents[1] / "smoke").glob("*.yaml")) if HALF in variants(path)]
+
+
+@pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
+def test_a_smoke_recipe_that_offers_gates_can_meet_half_of_its_cost_at_every_view_size(path: Path) -> None:
+    assert {path.stem for path in SMOKE} == {"barlow", "dino_sslight", "moco_demo", "swav_sslight"}
+    recipe = load(path, *variants(path)[HALF])
+    network = build_backbone(recipe.backbone)
+    check_target(network, {view.size for view in recipe.views.each()})
+    assert recipe.method.build(network, recipe.views.counts).budgets
+
+
 THIN = [case for case in CASES if "hin" in case[1].split()[0]]
 
 
