@@ -1,4 +1,4 @@
-"""VICReg, SimSiam and gated networks through the whole loop: ranks, ZeRO, pauses, weights of both networks."""
+"""VICReg, SimSiam and gated networks through the whole loop: ranks, ZeRO, pauses, weights of all networks."""
 
 import itertools
 import json
@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from tests.launch import DEMO, TINY, losses, metrics
+from tests.launch import DEMO, TINY, TINY_MOCO, losses, metrics
 from tests.spawn import run_ranks
-from tests.test_equivalence import LIVELY, PIECES, go_back_to_step_3
+from tests.test_equivalence import DINO, LIVELY, PIECES, go_back_to_step_3
 from trainer import weights
 from trainer.models.gating import gated_pass, gates_of, in_mode
 from trainer.models.slicing import at_least, open_rates, slice_network, widths
@@ -26,8 +26,10 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "gated": ((*VICREG, *GATES), None),
     "gated-zero3": ((*VICREG, *GATES), PIECES),
     "gated-simsiam": ((*SIMSIAM, *FULL, "optim.accumulation=2", "optim.name=lars"), None),
+    "gated-moco": ((*TINY_MOCO, *GATES), None),
+    "gated-dino-zero3": ((DINO, *FULL), PIECES),
 }
-PAUSED = ("gated-zero3", "gated-simsiam")
+PAUSED = ("gated-zero3", "gated-simsiam", "gated-moco")
 
 
 def train(data: Path, out: Path) -> None:
@@ -80,11 +82,12 @@ def test_zero_3_trains_the_same_gates(runs: Path) -> None:
         assert whole[:4] == pytest.approx(pieces[:4], rel=2e-3), key
 
 
-def test_the_multiplier_follows_the_hard_ratio(runs: Path) -> None:
-    records = metrics(runs / "gated")
-    for before, after in itertools.pairwise(records):
-        step = 0.1 * (before["gates/hard_ratio"] - before["gates/target"])
-        assert after["gates/multiplier"] - before["gates/multiplier"] == pytest.approx(step, abs=1e-5)
+@pytest.mark.parametrize(("case", "prefix"), [("gated", ""), ("gated-moco", ""), ("gated-moco", "local_")])
+def test_the_multiplier_follows_the_hard_ratio_of_its_view_size(case: str, prefix: str, runs: Path) -> None:
+    for before, after in itertools.pairwise(metrics(runs / case)):
+        step = 0.1 * (before[f"gates/{prefix}hard_ratio"] - before[f"gates/{prefix}target"])
+        moved = after[f"gates/{prefix}multiplier"] - before[f"gates/{prefix}multiplier"]
+        assert moved == pytest.approx(step, abs=1e-5)
 
 
 def test_dense_and_gated_network_are_evaluated_side_by_side(runs: Path) -> None:
@@ -92,6 +95,7 @@ def test_dense_and_gated_network_are_evaluated_side_by_side(runs: Path) -> None:
     (evaluated,) = [line for line in lines if "knn/student_top1" in line]
     assert 0 <= evaluated["knn/gated_top1"] <= 100
     assert evaluated["knn/gated_rank_me"] != evaluated["knn/student_rank_me"]
+    assert '"knn/teacher_top1"' in (runs / "gated-moco/metrics.jsonl").read_text(), "and its teacher, where it has one"
     lines = [json.loads(line) for line in (runs / "vicreg/metrics.jsonl").read_text().splitlines()]
     assert not any("knn/gated_top1" in line for line in lines)
 
@@ -107,6 +111,13 @@ def test_timm_loads_the_dense_network_and_we_the_gated_one(runs: Path) -> None:
     with in_mode(gated, "dense"):
         assert torch.equal(gated(images), dense(images))
     assert not torch.allclose(hard, dense(images))
+
+
+def test_the_teacher_of_a_gated_student_is_saved_as_a_dense_network(runs: Path) -> None:
+    for network in ("student", "teacher"):
+        folder = runs / "gated-moco/weights" / network
+        dense = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        assert dense(torch.randn(2, 3, 32, 32)).isfinite().all()
 
 
 def test_a_sliced_network_comes_back_from_its_folder(runs: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_every_recipe_is_complete_but_for_its_paths(path: Path) -> None:
         ("optm.epochs=1", "optm: unknown key; did you mean optim?"),
         ("backbone.name=resnet19", "backbone.name must be a timm model, got 'resnet19'"),
         ("teacher.momentum=1.5", "teacher.momentum must lie in [0, 1], got 1.5"),
-        ("method.name=dyno", "method.name must be one of 'dino', 'ibot', 'moco'"),
+        ("method.name=dyno", "method.name must be one of 'barlow', 'dino', 'ibot', 'moco'"),
         ("optim.epochs=-3", "optim.epochs must be above 0, got -3"),
         ("optim.epochs=ten", "optim.epochs: Input should be a valid integer"),
         ("views.local_views.scale=[0.5, 0.1]", "views.local_views.scale must be (low, high)"),

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from trainer.methods import AnyMethod
 from trainer.methods.frozen import Frozen
 from trainer.recipe import ADAPTER, EVALUATION, Evaluation, Recipe, RecipeError, dataclasses_in
 
 Settings = TypeVar("Settings")
 TAGGED = ("method", "teacher")
 """Blocks that are one of several dataclasses; pydantic puts which one behind their name in a fault's location."""
+METHODS = {typing.get_args(typing.get_type_hints(kind)["name"])[0]: kind for kind in typing.get_args(AnyMethod)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,7 +110,8 @@ def _cross_check(recipe: Recipe) -> str | None:
     if fault is not None:
         return f"method.{recipe.method.name}: {fault}"
     if recipe.backbone.gates is not None and not getattr(recipe.method, "takes_gates", False):
-        return f"backbone.gates: method.{recipe.method.name} does not train gates so far; take vicreg or simsiam"
+        others = ", ".join(name for name, config in METHODS.items() if getattr(config, "takes_gates", False))
+        return f"backbone.gates: method.{recipe.method.name} does not train gates; take one of {others}, or gates=null"
     if recipe.probe and recipe.optim.gradient_clipping > 0:
         return (
             f"optim.gradient_clipping {recipe.optim.gradient_clipping} cuts the norm of all gradients, the probe's "

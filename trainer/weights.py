@@ -83,7 +83,9 @@ def _config(
         "num_classes": 0,
         "num_features": num_features,
         "model_args": spec.args,
-        "pos_embed": spec.pos_embed,  # ours; timm passes over it
+        "pos_embed": spec.pos_embed,  # ours, as the next two; timm passes over them
+        "stem": spec.stem,
+        "inner_width": spec.inner_width,
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "mean": list(mean),
@@ -206,6 +208,8 @@ def spec_of(config: dict[str, Any]) -> Backbone:
         name=config["architecture"],
         init="timm",
         pos_embed=config.get("pos_embed", "timm"),
+        stem=config.get("stem", "timm"),
+        inner_width=config.get("inner_width", 1.0),
         args=config.get("model_args", {}),
         gates=Gates(**config["gates"]) if "gates" in config else None,
     )

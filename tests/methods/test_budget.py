@@ -12,7 +12,7 @@ from tests.spawn import run_ranks
 from trainer import distributed
 from trainer.methods.budget import Budget, Spent, annealed, bound, density_for, lagrangian, published_penalty, spent
 from trainer.methods.joint_embedding import ViewCounts
-from trainer.methods.pairs import PLANS
+from trainer.methods.pairs import PAIRS
 from trainer.methods.simsiam import SimSiamConfig
 from trainer.methods.vicreg import VICReg, VICRegConfig
 from trainer.models.backbones import Backbone, build_backbone
@@ -110,7 +110,7 @@ def test_a_gated_step_trains_both_networks_in_one_backward(pairs: str, num_passe
     assert loss.views_finite is not None
     assert len(loss.views_finite) == num_passes
     assert {"gates/ratio", "gates/hard_ratio", "gates/multiplier"} <= set(loss.parts)
-    assert sum(pair.weight for pair in PLANS[pairs].pairs) == pytest.approx(1)
+    assert sum(pair.weight for pair in PAIRS[pairs]) == pytest.approx(1)
 
 
 def test_the_cross_pair_is_one_view_gated_against_the_other_dense() -> None:
@@ -139,13 +139,14 @@ def test_simsiam_trains_gates_too() -> None:
 
 def test_a_step_that_was_skipped_leaves_the_multiplier_and_one_that_was_not_moves_it_by_the_hard_ratios_error() -> None:
     method = gated(multiplier_lr=0.5)
-    assert method.budget is not None
+    (budget,) = method.budgets.values()
+    assert isinstance(budget, Budget)
     method(views(), None, at(0.5))
     method.after_step(applied=False)
-    assert method.budget.multiplier.item() == 0
+    assert budget.multiplier.item() == 0
     ratios = [float(method(views(seed=seed), None, at(0.5)).parts["gates/hard_ratio"]) for seed in (1, 2)]
     method.after_step(applied=True)
-    assert method.budget.multiplier.item() == pytest.approx(0.5 * (sum(ratios) / 2 - 0.75), abs=1e-6)
+    assert budget.multiplier.item() == pytest.approx(0.5 * (sum(ratios) / 2 - 0.75), abs=1e-6)
 
 
 def test_no_gated_step_waits_for_the_device() -> None:

@@ -232,9 +232,9 @@ def test_the_teacher_starts_as_the_student_and_ends_between_both() -> None:
 
 @pytest.mark.parametrize("make", [dino, moco])
 def test_global_only_is_the_global_term_alone_with_weight_one(make: type[DINO] | type[MoCo]) -> None:
-    method = make()
-    method.config = replace(method.config, global_only=True, global_weight=0.4)
-    method.counts = ViewCounts(2, 0)
+    plain = make()
+    config = replace(plain.config, global_only=True, global_weight=0.4)  # type: ignore[arg-type]
+    method = type(plain)(config, plain.student, ViewCounts(2, 0))  # type: ignore[arg-type]
     views, teacher = some_views()[:1], EMATeacher(method.student)
     loss = method(views, teacher(method.teacher_views(views)), progress())
     assert torch.equal(loss.total, loss.parts["loss/global"])

@@ -1,4 +1,4 @@
-"""VICReg and SimSiam: the papers' formulas, an image and a number at a time; ranks; what may have a gradient."""
+"""VICReg, Barlow Twins, SimSiam: the papers' formulas, image by image; ranks; what may have a gradient."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tests.methods.test_methods import Flat, progress
 from tests.spawn import run_ranks
 from trainer import distributed
+from trainer.methods.barlow import BarlowConfig, BarlowTwins
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.pairs import PairMethod
 from trainer.methods.simsiam import SimSiam, SimSiamConfig
@@ -21,6 +22,11 @@ COUNTS = ViewCounts(2, 0)
 def vicreg() -> VICReg:
     torch.manual_seed(0)
     return VICRegConfig(name="vicreg", hidden_dim=8, out_dim=6).build(Flat(), COUNTS)
+
+
+def barlow() -> BarlowTwins:
+    torch.manual_seed(0)
+    return BarlowConfig(name="barlow", hidden_dim=8, out_dim=6).build(Flat(), COUNTS)
 
 
 def simsiam() -> SimSiam:
@@ -76,6 +82,29 @@ def test_vicregs_worked_example_has_the_known_value(
     assert float(loss.parts["loss/covariance"]) == pytest.approx(covariance, abs=1e-7)
 
 
+def barlow_by_the_paper(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Invariance and redundancy, with plain loops."""
+    num, dim = first.shape
+
+    def standardised(z: Tensor) -> list[list[float]]:
+        columns = [[x - sum(column) / num for x in column] for column in z.T.tolist()]
+        return [[x / math.sqrt(sum(y * y for y in column) / num + 1e-5) for x in column] for column in columns]
+
+    a, b = standardised(first), standardised(second)
+    c = [[sum(x * y for x, y in zip(a[i], b[j], strict=True)) / num for j in range(dim)] for i in range(dim)]
+    off_diagonal = sum(c[i][j] ** 2 for i in range(dim) for j in range(dim) if i != j)
+    return sum((1 - c[i][i]) ** 2 for i in range(dim)), off_diagonal
+
+
+def test_barlow_twins_is_the_papers_two_terms_and_does_not_mind_the_order_of_views() -> None:
+    first, second = rows()
+    loss, swapped = barlow().compare(first, second), barlow().compare(second, first)
+    expected = barlow_by_the_paper(first, second)
+    assert [float(loss.parts[f"loss/{n}"]) for n in ("invariance", "redundancy")] == pytest.approx(expected, rel=1e-5)
+    assert loss.total.item() == pytest.approx(0.024 * (expected[0] + 0.0051 * expected[1]), rel=1e-5)
+    assert swapped.total.item() == pytest.approx(loss.total.item(), rel=1e-6)
+
+
 def test_simsiam_is_the_papers_symmetric_cosine_with_the_projections_held_still() -> None:
     method = simsiam()
     first, second = (z.float().requires_grad_() for z in rows())
@@ -100,7 +129,7 @@ def test_simsiams_last_norm_has_no_weights_to_train() -> None:
     assert torch.allclose(head(torch.randn(64, 3)).var(0, correction=0), torch.ones(6), atol=1e-2)
 
 
-@pytest.mark.parametrize("make", [vicreg, simsiam])
+@pytest.mark.parametrize("make", [vicreg, barlow, simsiam])
 def test_a_step_gives_every_trained_parameter_a_gradient(make: Callable[[], PairMethod]) -> None:
     method = make()
     loss = method(views(), None, progress())
@@ -110,7 +139,7 @@ def test_a_step_gives_every_trained_parameter_a_gradient(make: Callable[[], Pair
     assert loss.views_finite.tolist() == [True, True]
 
 
-@pytest.mark.parametrize("make", [vicreg, simsiam])
+@pytest.mark.parametrize("make", [vicreg, barlow, simsiam])
 def test_each_view_has_batch_statistics_of_its_own(make: Callable[[], PairMethod]) -> None:
     """As published: another second view changes nothing of what the head says of the first."""
     method = make()
@@ -127,15 +156,18 @@ def test_each_view_has_batch_statistics_of_its_own(make: Callable[[], PairMethod
 def gradient_of_rank_share() -> list[float]:
     """The mean over ranks of the gradients, as an engine would make it."""
     first, second = (z.float() for z in rows())
-    weight = torch.linspace(0.5, 1.5, 36).view(6, 6).requires_grad_()
     mine = slice(distributed.rank(), None, distributed.world())
-    loss = vicreg().compare(first[mine] @ weight, second[mine] @ weight)
-    loss.total.backward()
-    assert weight.grad is not None
-    return [*distributed.mean_over_ranks(weight.grad).flatten().tolist(), float(loss.parts["loss/covariance"])]
+    found: list[float] = []
+    for method, part in ((vicreg(), "loss/covariance"), (barlow(), "loss/redundancy")):
+        weight = (torch.linspace(0.5, 1.5, 36).view(6, 6) + torch.eye(6)).requires_grad_()
+        loss = method.compare(first[mine] @ weight, second[mine] @ weight)
+        loss.total.backward()
+        assert weight.grad is not None
+        found += [*distributed.mean_over_ranks(weight.grad).flatten().tolist(), float(loss.parts[part])]
+    return found
 
 
-def test_vicregs_statistics_and_gradient_over_two_ranks_are_those_of_one_with_the_whole_batch() -> None:
+def test_statistics_and_gradients_over_two_ranks_are_those_of_one_with_the_whole_batch() -> None:
     first, second = run_ranks(gradient_of_rank_share)
     assert first == second
     assert first == pytest.approx(gradient_of_rank_share(), rel=1e-4)

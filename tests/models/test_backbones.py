@@ -1,12 +1,15 @@
 """Backbones: parameter counts of the published networks, and initialisation as published."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from trainer import weights
 from trainer.methods.dino import DINOConfig
 from trainer.methods.joint_embedding import ViewCounts
 from trainer.methods.moco import MoCoConfig
@@ -157,3 +160,50 @@ def test_arguments_that_timm_refuses_are_named() -> None:
 def test_activations_are_not_computed_again_where_that_would_change_the_training(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build_backbone(Backbone(name=name, activation_checkpointing=True))
+
+
+SMALL = Backbone(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]})
+
+
+def test_a_cifar_stem_keeps_small_images_at_their_size() -> None:
+    network = build_backbone(Backbone(name="resnet18", stem="cifar"))
+    assert count(network) == 11_168_832
+    assert network.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)  # type: ignore[operator]
+    std = network.conv1.weight.detach().std()  # type: ignore[union-attr]
+    assert float(std) == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.1), "drawn as all convolutions"
+
+
+@pytest.mark.parametrize("init", ["reference", "timm"])
+def test_a_thin_network_is_thin_inside_its_blocks_only_and_drawn_for_its_width(init: str) -> None:
+    spec = replace(SMALL, init=init, inner_width=0.25)  # type: ignore[arg-type]
+    network = build_backbone(spec)
+    block = network.layer4[0]  # type: ignore[index, union-attr]
+    assert (block.conv1.out_channels, block.bn1.num_features, block.conv2.in_channels) == (4, 4, 4)
+    assert (block.conv1.in_channels, block.conv2.out_channels, num_features(network)) == (16, 16, 16)
+    if init == "reference":
+        widest = build_backbone(replace(spec, inner_width=1 / 8, args={"layers": [1] * 4, "channels": [64] * 4}))
+        std = widest.layer4[0].conv1.weight.detach().std()  # type: ignore[index, union-attr]
+        assert float(std) == pytest.approx(math.sqrt(2 / (9 * 8)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "mobilenetv2_100", "stem": "cifar"}, "mobilenetv2_100 has no such stem; set it to timm"),
+        ({"name": "resnet18d", "stem": "cifar"}, "resnet18d has no such stem"),
+        ({"name": "vit_tiny_patch16_224", "inner_width": 0.5}, "inner_width: the network has no block that gates fit"),
+        ({"name": "resnext50_32x4d", "inner_width": 0.5}, "inner_width: block layer1.0 has grouped convolutions"),
+    ],
+)
+def test_networks_without_such_a_stem_or_such_blocks_are_refused(changes: dict[str, str], said: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=said):
+        build_backbone(replace(SMALL, args={}, **changes))  # type: ignore[arg-type]
+
+
+def test_a_stem_and_a_width_come_back_with_the_weights(tmp_path: Path) -> None:
+    spec = replace(SMALL, stem="cifar", inner_width=0.5)
+    network = build_backbone(spec).eval()
+    weights.save_backbone(tmp_path, network, spec, size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    again, _ = weights.load_backbone(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(images), network(images))

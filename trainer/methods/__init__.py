@@ -1,5 +1,6 @@
 """The methods; `method.name` in a recipe says which. A new one is one file and one name here."""
 
+from trainer.methods.barlow import BarlowConfig
 from trainer.methods.dino import DINOConfig
 from trainer.methods.ibot import IBOTConfig
 from trainer.methods.moco import MoCoConfig
@@ -11,7 +12,8 @@ from trainer.methods.swav import SwAVConfig
 from trainer.methods.vicreg import VICRegConfig
 
 AnyMethod = (
-    DINOConfig
+    BarlowConfig
+    | DINOConfig
     | IBOTConfig
     | MoCoConfig
     | MSNConfig

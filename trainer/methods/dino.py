@@ -90,6 +90,7 @@ class DINOConfig(DINOSettings):
 
     name: Literal["dino"]
     wants_tokens: ClassVar[bool] = False
+    takes_gates: ClassVar[bool] = True
     """Whether the teacher shall return its patch tokens beside the class token."""
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
@@ -130,7 +131,9 @@ class DINO(Method):
         assert teacher is not None
         config, teacher_temp = self.config, self.teacher_temp(progress)
         targets = dino_targets(teacher, self.center, temperature=teacher_temp)
-        terms = paired_prediction(student, targets, temperature=config.student_temp, pairing=config.pairing)
+        terms = paired_prediction(
+            student, targets, temperature=config.student_temp, pairing=config.pairing, views=self.seen_views
+        )
         loss = weighted(config, *terms)
         if config.centering == "ema":
             self._teacher_rows.add(teacher)
@@ -152,6 +155,7 @@ class DINO(Method):
         if applied and self.config.centering == "ema":
             self.center.lerp_(self._teacher_rows.mean(), 1 - self.config.center_momentum)
         self._teacher_rows.forget()
+        super().after_step(applied=applied)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """The prototypes, where the head has some."""

@@ -14,6 +14,7 @@ from trainer.methods.dino import DINO, DINOSettings
 from trainer.methods.joint_embedding import LossOut, ViewCounts, per_view, split_views
 from trainer.methods.losses import dino_targets, weighted_prediction
 from trainer.methods.masks import block_masks, on_device
+from trainer.methods.passes import Passed
 from trainer.models.backbones import Branch, num_features
 from trainer.models.tokens import TokenBranch, grid_of, pooled, tokens_of
 from trainer.schedules import Progress, ramp
@@ -110,14 +111,12 @@ class IBOT(DINO):
         of_patches = {"patch temperature": self.teacher_patch_temp(progress)} if self.config.wants_tokens else {}
         return super().scheduled(progress) | of_patches
 
-    def outputs(
-        self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None
-    ) -> tuple[Tensor, Projected]:
+    def outputs(self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None) -> Passed:
         """The student on masked global and whole local views, and one pass of the head over all that is predicted."""
         batch = self.batch_size(views)
         if not self.config.wants_tokens:
-            features, logits = super().outputs(views, progress, sample_ids)
-            return features, Projected(logits, None, None, None)
+            passed = super().outputs(views, progress, sample_ids)
+            return passed._replace(outputs=Projected(passed.outputs, None, None, None))
         (images,), local_views = split_views(views, self.counts.global_views * batch)
         network: Any = self.student.backbone
         masks, hidden = self._masks(images, progress, sample_ids)
@@ -127,7 +126,8 @@ class IBOT(DINO):
         places = rows + rows // masks.shape[1] + 1  # behind each image's class token
         patches = tokens[:, network.num_prefix_tokens :].flatten(0, 1).index_select(0, rows)
         logits = self.student.head(torch.cat([features, patches]))
-        return features, Projected(per_view(logits[: len(features)], batch), logits[len(features) :], places, weights)
+        class_tokens = per_view(logits[: len(features)], batch)
+        return Passed(features, Projected(class_tokens, logits[len(features) :], places, weights))
 
     def _masks(
         self, images: Tensor, progress: Progress, sample_ids: Sequence[int] | None

@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from trainer.methods.losses import Pairing, weigh
+from trainer.methods.passes import Budgets, Passed, groups_for, pairs_of, pass_gated
 from trainer.methods.probe import LinearProbe
 from trainer.models.backbones import Branch, num_features
 from trainer.schedules import Progress
@@ -19,7 +21,7 @@ class LossOut(NamedTuple):
     parts: dict[str, Tensor | float]
     """Detached scalars under the names of metrics.jsonl."""
     views_finite: Tensor | None = None
-    """(V,) whether all features of each of the student's views are finite; `Method.forward` adds it."""
+    """(P,) whether all features of each of the student's passes are finite; `Method.forward` adds it."""
 
 
 class ViewCounts(NamedTuple):
@@ -44,17 +46,24 @@ class MethodConfig(Protocol):
 
 
 class Method(nn.Module, ABC):
-    """A student, its objective, and buffers such as a centre or a queue.
+    """A student, its objective, the budgets of its gates, and buffers such as a centre or a queue.
 
     The loop calls, for every micro-batch, `teacher_views` -> teacher -> `forward`; after every step `after_step`.
     Whatever a method learns from a micro-batch for its buffers it keeps aside until the step was really applied.
     Nothing here may read a value from the device: that would stop the host until the device has caught up.
     """
 
-    def __init__(self, student: Branch, counts: ViewCounts) -> None:
+    def __init__(self, student: Branch, counts: ViewCounts, *, num_unseen: int = 0, num_dense: int = 0) -> None:
+        """num_unseen: how many of the first views the student does not see;  num_dense: how many it must see dense."""
         super().__init__()
         self.student = student
         self.counts = counts
+        self.num_unseen = num_unseen
+        pairs = pairs_of(student.backbone)
+        self.groups = groups_for(pairs, counts, num_unseen=num_unseen, num_dense=num_dense)
+        self.seen_views = tuple(view for group in self.groups for view in group.views)
+        """The view of each of the student's P passes; P is V where there are no gates."""
+        self.budgets = Budgets(student.backbone, self.groups)
         self.probe: LinearProbe | None = None
 
     def add_probe(self, num_classes: int) -> None:
@@ -66,7 +75,7 @@ class Method(nn.Module, ABC):
 
     def student_views(self, views: list[Tensor]) -> list[Tensor]:
         """The views that the student sees: one (V_i * B, 3, S_i, S_i) tensor per size, view-major, globals first."""
-        return views
+        return split_views(views, self.num_unseen * self.batch_size(views))[1]
 
     @abstractmethod
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
@@ -76,15 +85,19 @@ class Method(nn.Module, ABC):
     def objective(self, student: Any, teacher: Tensor | None, progress: Progress) -> LossOut:
         """The loss of one micro-batch.
 
-        student: (V, B, D) the student's head output for `student_views`, or what else the method's `outputs` makes
+        student: (P, B, D) the student's head output, a row for each of `seen_views`, dense passes first; or what else
+        the method's `outputs` makes
         teacher: (T, B, D) the teacher's for `teacher_views`, (T, B, 1 + N, D) with the tokens of N patches behind the
         class token's; None without a teacher
         """
 
-    def outputs(self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None) -> tuple[Tensor, Any]:
-        """The student on its views: features (V * B, embed_dim), and what the objective gets of it."""
+    def outputs(self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None) -> Passed:
+        """The student on its views."""
+        batch = self.batch_size(views)
+        if self.budgets:
+            return pass_gated(self.student, each_view(views, batch), self.groups)
         features = self.student.features(self.student_views(views))
-        return features, per_view(self.student.head(features), self.batch_size(views))
+        return Passed(features, per_view(self.student.head(features), batch))
 
     def forward(
         self,
@@ -102,8 +115,10 @@ class Method(nn.Module, ABC):
         sample_ids: (B,) known to the host, for methods that draw something for each image
         """
         batch = self.batch_size(views)
-        features, student = self.outputs(views, progress, sample_ids)
+        features, student, bills = self.outputs(views, progress, sample_ids)
         loss = self.objective(student, None if teacher is None else per_view(teacher, batch), progress)
+        penalty, of_gates = self.budgets.loss(bills, progress)
+        loss = LossOut(loss.total + penalty, loss.parts | of_gates)
         finite = per_view(features.detach(), batch).isfinite().flatten(1).all(1)
         if self.probe is None:
             return loss._replace(views_finite=finite)
@@ -111,9 +126,12 @@ class Method(nn.Module, ABC):
         of_probe, parts = self.probe.loss(features[:batch], labels)
         return LossOut(loss.total + of_probe, loss.parts | {"loss/ssl": loss.total.detach()} | parts, finite)
 
-    @abstractmethod
     def after_step(self, *, applied: bool) -> None:
-        """Move the method's buffers by what the step's micro-batches brought; drop that if the step was skipped."""
+        """Move the method's buffers by what the step's micro-batches brought; drop that if the step was skipped.
+
+        Of itself a method has none but the multipliers of its budgets.
+        """
+        self.budgets.after_step(applied=applied)
 
     def scheduled(self, progress: Progress) -> dict[str, float]:
         """What of the method itself changes with the steps, for those who look at a recipe."""
@@ -147,6 +165,11 @@ def split_views(views: list[Tensor], rows: int) -> tuple[list[Tensor], list[Tens
         before += [head] if len(head) else []
         after += [tail] if len(tail) else []
     return before, after
+
+
+def each_view(views: list[Tensor], batch_size: int) -> list[Tensor]:
+    """The (B, 3, S_v, S_v) images of every view, one after the other; no data is copied."""
+    return [images for group in views for images in torch.split(group, batch_size)]
 
 
 def per_view(rows: Tensor, batch_size: int) -> Tensor:

@@ -1,11 +1,13 @@
 """The objectives as pure functions of logits, targets and the two SSLight weights.
 
-Legend: B images, V views of which G global and L local, T of the teacher, K prototypes, Q queue length, D embed_dim.
+Legend: B images, V views of which G global and L local, P passes of the student (V of them unless its gates let a view
+pass twice), T views of the teacher, K prototypes, Q queue length, D embed_dim.
 
 K and Q reach 65,536, so that (V, B, K) logits take hundreds of MB. Both objectives therefore go through the views one
 by one and make the gradient where the softmax already is: beside the logits and their gradient they hold (B, K) only.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,24 +54,34 @@ def num_without_partner(pairing: Pairing, num_targets: int) -> int:
 
 
 def paired_prediction(
-    logits: Tensor, targets: Tensor, *, temperature: float, pairing: Pairing = "swapped", num_globals: int | None = None
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, targets: Tensor, *, temperature: float, pairing: Pairing = "swapped",
+    num_globals: int | None = None, views: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Cross-entropy of every student view with the mean target of its partners: DINO's, SwAV's, MSN's and RoB's loss.
 
-    logits: (V, B, K), the globals first, without those that `num_without_partner` counts
+    logits: (P, B, K), a row of logits for each of `views`
     targets: (T, B, K) float32 of the first T views, each row summing to 1
     num_globals: how many views are global, as many as there are targets by default
+    views: which the student saw, some perhaps twice; by default all but those that `num_without_partner` counts
     returns: mean over the global views of the student, and over the local ones (None without locals)
     equals: means over pairs (i, v) of -(targets_i . log_softmax(logits_v / T)); a view's targets are averaged first, so
     that each view meets one log-softmax
     """
     skipped = num_without_partner(pairing, len(targets))
-    num_globals = (len(targets) if num_globals is None else num_globals) - skipped
-    if num_globals < 1:
-        raise ValueError(f"swapped prediction needs at least 2 global views, got {num_globals + skipped}")
-    wanted = partners(pairing, num_views=len(logits) + skipped, num_targets=len(targets))[skipped:]
-    losses = predict(logits, targets, wanted, temperature=temperature)
-    return losses[:num_globals].mean(), losses[num_globals:].mean() if len(logits) > num_globals else None
+    num_globals = len(targets) if num_globals is None else num_globals
+    if num_globals <= skipped:
+        raise ValueError(f"swapped prediction needs at least 2 global views, got {num_globals}")
+    views = range(skipped, skipped + len(logits)) if views is None else views
+    of_views = partners(pairing, num_views=max(views) + 1, num_targets=len(targets))
+    losses = predict(logits, targets, tuple(of_views[view] for view in views), temperature=temperature)
+    return means_by_kind(losses, views, num_globals)
+
+
+def means_by_kind(losses: Tensor, views: Sequence[int], num_globals: int) -> tuple[Tensor, Tensor | None]:
+    """The mean of the (P, ...) losses of global views, and of local ones; None without any."""
+    of_globals = [loss for loss, view in zip(losses, views, strict=True) if view < num_globals]
+    of_locals = [loss for loss, view in zip(losses, views, strict=True) if view >= num_globals]
+    return torch.stack(of_globals).mean(), torch.stack(of_locals).mean() if of_locals else None
 
 
 def predict(logits: Tensor, targets: Tensor, wanted: Partners, *, temperature: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer import distributed
 from trainer.methods.joint_embedding import LossOut, Method, ViewCounts, check_weights, split_views, weighted
-from trainer.methods.losses import info_nce
+from trainer.methods.losses import info_nce, means_by_kind
 from trainer.methods.queue import KeyQueue
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import MoCoHead
@@ -21,6 +21,7 @@ class MoCoConfig:
 
     name: Literal["moco"]
     wants_tokens: ClassVar[bool] = False
+    takes_gates: ClassVar[bool] = True
     """Whether the teacher shall return its patch tokens beside the class token."""
     hidden_dim: int = 2048
     out_dim: int = 128
@@ -63,14 +64,10 @@ class MoCo(Method):
     """
 
     def __init__(self, config: MoCoConfig, student: Branch, counts: ViewCounts) -> None:
-        super().__init__(student, counts)
+        super().__init__(student, counts, num_unseen=1)
         self.config = config
         self.queue = KeyQueue(config.out_dim, config.queue_size)
         self._new_keys: list[Tensor] = []
-
-    def student_views(self, views: list[Tensor]) -> list[Tensor]:
-        """All but the first view."""
-        return split_views(views, self.batch_size(views))[1]
 
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
         """The first view."""
@@ -82,9 +79,7 @@ class MoCo(Method):
         (keys,) = teacher
         losses = info_nce(student, keys, self.queue.keys, temperature=self.config.temperature)
         self._new_keys.append(keys.detach())
-        num_global_queries = self.counts.global_views - 1
-        local_loss = losses[num_global_queries:].mean() if self.counts.local_views else None
-        loss = weighted(self.config, losses[:num_global_queries].mean(), local_loss)
+        loss = weighted(self.config, *means_by_kind(losses, self.seen_views, self.counts.global_views))
         return LossOut(loss.total, loss.parts | {"positive_similarity": self._alignment(student[0], keys)})
 
     @staticmethod
@@ -98,3 +93,4 @@ class MoCo(Method):
         if applied:
             self.queue.push(distributed.gather_equal_rows(torch.cat(self._new_keys)))
         self._new_keys = []
+        super().after_step(applied=applied)

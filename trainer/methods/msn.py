@@ -22,6 +22,7 @@ from trainer.methods.joint_embedding import (
 )
 from trainer.methods.losses import Pairing, mean_entropy, num_without_partner, paired_prediction
 from trainer.methods.masks import kept_patches, on_device
+from trainer.methods.passes import Passed
 from trainer.methods.sinkhorn import sinkhorn
 from trainer.models.backbones import Branch, num_features
 from trainer.models.heads import CosinePrototypes, MSNHead, PlainMLP
@@ -108,38 +109,31 @@ class MSN(Method):
     """
 
     def __init__(self, config: MSNConfig, student: Branch, counts: ViewCounts) -> None:
-        super().__init__(student, counts)
-        self.config = config
-        self.num_targets = 1 if config.targets == "first_view" else counts.global_views
-        self.num_skipped = num_without_partner(config.pairing, self.num_targets)
+        num_targets = 1 if config.targets == "first_view" else counts.global_views
+        super().__init__(student, counts, num_unseen=num_without_partner(config.pairing, num_targets))
+        self.config, self.num_targets = config, num_targets
         self.prototypes: CosinePrototypes | None = None
         if config.mlp_head is None:
             self.prototypes = CosinePrototypes(config.out_dim, config.num_prototypes)
-
-    def student_views(self, views: list[Tensor]) -> list[Tensor]:
-        """All views that have something to predict."""
-        return split_views(views, self.num_skipped * self.batch_size(views))[1]
 
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
         """The first view, or all global ones."""
         return split_views(views, self.num_targets * self.batch_size(views))[0]
 
-    def outputs(
-        self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor]:
+    def outputs(self, views: list[Tensor], progress: Progress, sample_ids: Sequence[int] | None) -> Passed:
         """The student on global views without some of their patches, and on whole local views."""
         batch, drop = self.batch_size(views), self.config.patch_drop
         if drop == 0:
             return super().outputs(views, progress, sample_ids)
         network: Any = self.student.backbone
         (images,), local_views = split_views(
-            self.student_views(views), (self.counts.global_views - self.num_skipped) * batch
+            self.student_views(views), (self.counts.global_views - self.num_unseen) * batch
         )
         num_patches = math.prod(grid_of(network, images))
         kept = kept_patches(num_patches, drop=drop, seed=progress.seed, step=progress.step)
         tokens = tokens_of(network, images, kept=on_device(kept, images.device))
         features = torch.cat([pooled(network, tokens), *(network(group) for group in local_views)])
-        return features, per_view(self.student.head(features), batch)
+        return Passed(features, per_view(self.student.head(features), batch))
 
     def objective(self, student: Tensor, teacher: Tensor | None, progress: Progress) -> LossOut:
         """Every view against the targets of its partners, and how unevenly the predictions use the prototypes."""
@@ -170,9 +164,6 @@ class MSN(Method):
         if self.config.sinkhorn_iterations == 0:
             return log_targets.exp_()
         return sinkhorn(log_targets, epsilon=1.0, iterations=self.config.sinkhorn_iterations)
-
-    def after_step(self, *, applied: bool) -> None:
-        """Nothing: MSN has no state of its own."""
 
 
 def me_max(logits: Tensor, *, temperature: float) -> Tensor:

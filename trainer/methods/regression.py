@@ -90,9 +90,6 @@ class Regression(Method):
         loss = weighted(config, losses[:num_globals].mean(), local_loss)
         return LossOut(loss.total, loss.parts | {"teacher_similarity": _similarity(student[0], teacher[wanted[0][0]])})
 
-    def after_step(self, *, applied: bool) -> None:
-        """Nothing: it has no state of its own."""
-
 
 def cosine_distance(students: Tensor, features: Tensor) -> Tensor:
     """Mean over rows of 2 - 2 cos: (B, D), (B, D) -> ()."""

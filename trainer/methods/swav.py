@@ -31,6 +31,7 @@ class SwAVConfig:
 
     name: Literal["swav"]
     wants_tokens: ClassVar[bool] = False
+    takes_gates: ClassVar[bool] = True
     """Whether the teacher shall return its patch tokens beside the class token."""
     hidden_dim: int = 4096
     out_dim: int = 128
@@ -132,9 +133,14 @@ class SwAV(Method):
     """
 
     def __init__(self, config: SwAVConfig, student: Branch, counts: ViewCounts) -> None:
-        super().__init__(student, counts)
-        self.config = config
-        self.num_targets = 1 if config.targets == "first_view" else counts.global_views
+        num_targets = 1 if config.targets == "first_view" else counts.global_views
+        super().__init__(
+            student,
+            counts,
+            num_unseen=num_without_partner(config.pairing, num_targets),
+            num_dense=num_targets if config.codes == "student" else 0,  # no gate decides what a code is
+        )
+        self.config, self.num_targets = config, num_targets
         scored = config.prototypes != "none"
         self.prototypes = Prototypes(config.out_dim, config.num_prototypes) if scored else None
         if self.prototypes is not None and config.prototypes == "teacher":
@@ -163,11 +169,6 @@ class SwAV(Method):
         assert self.probe is not None
         initialise_linears(self.probe)
 
-    def student_views(self, views: list[Tensor]) -> list[Tensor]:
-        """All views that have something to predict."""
-        skipped = num_without_partner(self.config.pairing, self.num_targets)
-        return split_views(views, skipped * self.batch_size(views))[1]
-
     def teacher_views(self, views: list[Tensor]) -> list[Tensor]:
         """The views that get codes."""
         return split_views(views, self.num_targets * self.batch_size(views))[0]
@@ -185,8 +186,9 @@ class SwAV(Method):
         if config.queue_size and progress.epoch >= config.queue_start_epoch:
             self._new_rows.append(to_queue)
         terms = paired_prediction(
-            scores, codes, temperature=config.temperature, pairing=config.pairing, num_globals=self.counts.global_views
-        )
+            scores, codes, temperature=config.temperature, pairing=config.pairing,
+            num_globals=self.counts.global_views, views=self.seen_views,
+        )  # fmt: skip
         loss = weighted(config, *terms)
         return LossOut(loss.total, loss.parts | {"code_entropy": mean_entropy(codes)})
 
@@ -220,6 +222,7 @@ class SwAV(Method):
                 mine = torch.cat(self._new_rows, dim=1).transpose(0, 1)
                 self.queue.push(distributed.gather_equal_rows(mine))
         self._new_rows = []
+        super().after_step(applied=applied)
 
     def _renormalised(self) -> list[Prototypes]:
         own = self.config.prototypes == "own" and self.config.renormalise_prototypes

@@ -10,10 +10,12 @@ import torch
 from timm.layers import DropPath, PatchEmbed, convert_sync_batchnorm
 from torch import Tensor, nn
 
+from trainer.models.gated_blocks import KINDS
 from trainer.models.gates import Gates
-from trainer.models.gating import add_gates
+from trainer.models.gating import add_gates, gateable_blocks
 from trainer.models.norm import SyncBatchNorm
 from trainer.models.positions import resample_as_published
+from trainer.models.slicing import first_channels, narrow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,12 @@ class Backbone:
     activation_checkpointing: bool = False
     """Keep few activations and compute the others again in the backward pass: less memory, more time.
     For networks without BatchNorm, which would count every batch twice."""
+    stem: Literal["timm", "cifar"] = "timm"
+    """timm: the network's own; cifar: a 3 x 3 convolution of stride 1, and no pooling behind it, so that images of
+    32 px keep their size; for timm's ResNets. source: SimCLR, arXiv 2002.05709, appendix B.9"""
+    inner_width: float = 1.0
+    """Share of the channels inside of each block, those that gates can close, that the network has at all: a network
+    that is thin from the start, where the gated one was gated. What runs between blocks stays as wide as it was."""
     gates: Gates | None = None
     """Channel gates, for networks of ResNet's and MobileNetV2's blocks; null for a network that is dense only."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +54,8 @@ class Backbone:
                 f"name must be a timm model, got {self.name!r}"
                 + (f"; timm has {', '.join(near)} ..." if near else "; see timm.list_models()")
             )
+        if not 0 < self.inner_width <= 1:
+            raise ValueError(f"inner_width must lie in (0, 1], got {self.inner_width}; 1 leaves the network as it is")
 
 
 def build_backbone(spec: Backbone, **overrides: Any) -> nn.Module:
@@ -60,8 +70,12 @@ def build_backbone(spec: Backbone, **overrides: Any) -> nn.Module:
         raise ValueError(f"backbone.args: timm's {spec.name} refused {spec.args}: {error}") from error
     if not hasattr(network, "num_features"):
         raise ValueError(f"backbone.args: {spec.args} leave timm's {spec.name} no feature vector; take them out")
+    if spec.stem == "cifar":
+        _give_cifar_stem(network, spec.name)
+    if spec.inner_width < 1:
+        narrow(network, first_channels(network, _thin_widths(network, spec.inner_width)))
     if spec.init == "reference":
-        initialise_like_sslight(network)
+        initialise_like_sslight(network)  # behind the two above: it draws for the widths that it finds
     if spec.pos_embed == "reference":
         resample_as_published(network)
     if spec.gates is not None:
@@ -69,6 +83,27 @@ def build_backbone(spec: Backbone, **overrides: Any) -> nn.Module:
     if spec.activation_checkpointing:
         _checkpoint_activations(network, spec.name)
     return network
+
+
+def _give_cifar_stem(network: nn.Module, name: str) -> None:
+    stem, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
+    if not isinstance(stem, nn.Conv2d) or not isinstance(pool, nn.MaxPool2d):
+        raise ValueError(
+            f"backbone.stem cifar replaces a ResNet's one convolution and the pooling behind it, and {name} has no "
+            "such stem; set it to timm"
+        )
+    network.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws the others
+    network.maxpool = nn.Identity()
+
+
+def _thin_widths(network: nn.Module, share: float) -> dict[str, int]:
+    """So many channels for each layer that a gate would choose among, at least one."""
+    return {
+        f"{name}.{layer}": max(1, round(share * getattr(block, layer).out_channels))
+        for name, block in gateable_blocks(network, key="inner_width")
+        for layer in KINDS[type(block)].gated_layers
+    }
 
 
 def _checkpoint_activations(network: nn.Module, name: str) -> None:

@@ -29,7 +29,8 @@ class Gates:
     """Multiply-accumulates of the gated network, its gates included, as a share of the dense network's."""
     pairs: Literal["cross", "cross_symmetric", "full"] = "cross"
     """What two views A and B are compared as: cross: A gated with B dense, the published pair, two passes;
-    cross_symmetric: B gated with A dense, too; full: also dense with dense and gated with gated; four passes."""
+    cross_symmetric: B gated with A dense, too; full: also dense with dense and gated with gated; four passes. Where
+    targets are dense anyway (MoCo, DINO, SwAV), which views pass gated: `groups_for` in trainer/methods/passes.py."""
     penalty: Literal["lagrangian", "published"] = "lagrangian"
     """lagrangian: an augmented one, whose multiplier grows until hard gates meet the target; published: strength x
     (ratio - target)^2 of sampled gates, which misses it by points."""

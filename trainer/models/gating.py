@@ -39,25 +39,35 @@ def add_gates(network: nn.Module, settings: Gates) -> None:
     raises: ValueError if it has no block that gates fit
     """
     switch = Switch()
-    blocks = [(name, block) for name, block in network.named_modules() if type(block) in KINDS]
-    if not blocks:
-        kinds = ", ".join(kind.__name__ for kind in KINDS)
-        raise ValueError(f"backbone.gates: the network has no block that gates fit, which are timm's {kinds}")
-    for name, block in blocks:
-        _refuse_odd_layers(name, block)
+    for name, block in gateable_blocks(network, key="gates"):
         network.set_submodule(name, KINDS[type(block)](block, name, settings, switch))
     _split_norms(network, switch)
     network.gating = Gating(settings, switch, copy.deepcopy(network).to("meta").eval())  # type: ignore[assignment]
 
 
-def _refuse_odd_layers(name: str, block: nn.Module) -> None:
-    for layer in ("se", "aa", "drop_block", "conv_s2d"):
-        if not isinstance(getattr(block, layer, None), nn.Identity | None):
-            raise ValueError(f"backbone.gates: block {name} has a layer {layer}, which the gated block does not know")
-    for layer in KINDS[type(block)].convolutions:
-        convolution: Any = getattr(block, layer)
-        if convolution.groups not in (1, convolution.out_channels):
-            raise ValueError(f"backbone.gates: block {name} has grouped convolutions, and gates close single channels")
+def gateable_blocks(network: nn.Module, *, key: str) -> list[tuple[str, nn.Module]]:
+    """The blocks that gates fit, by name, in order.
+
+    key: of the recipe's backbone, for the message
+    raises: ValueError if there is none, or one has layers that gated blocks do not know
+    """
+    blocks = [(name, block) for name, block in network.named_modules() if type(block) in KINDS]
+    if not blocks:
+        kinds = ", ".join(kind.__name__ for kind in KINDS)
+        raise ValueError(f"backbone.{key}: the network has no block that gates fit, which are timm's {kinds}")
+    for name, block in blocks:
+        for layer in ("se", "aa", "drop_block", "conv_s2d"):
+            if not isinstance(getattr(block, layer, None), nn.Identity | None):
+                raise ValueError(
+                    f"backbone.{key}: block {name} has a layer {layer}, which the gated block does not know"
+                )
+        for layer in KINDS[type(block)].convolutions:
+            convolution: Any = getattr(block, layer)
+            if convolution.groups not in (1, convolution.out_channels):
+                raise ValueError(
+                    f"backbone.{key}: block {name} has grouped convolutions, and gates close single channels"
+                )
+    return blocks
 
 
 def _split_norms(network: nn.Module, switch: Switch) -> None:
