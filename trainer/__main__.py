@@ -99,7 +99,10 @@ def _add_slice(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     cut.add_argument("--out", type=Path, help="folder (default: among the run's weights, named by the rule)")
     cut.add_argument("--multiple", type=int, default=1, help="of which widths are, such as 8 (default: %(default)s)")
     cut.add_argument("--images", type=int, default=10_000, help="of data.train, unlabelled (default: %(default)s)")
-    cut.add_argument("--no-repair", action="store_true", help="leave the statistics of norms as they were with gates")
+    cut.add_argument(
+        "--repair", default="auto", choices=("auto", "always", "never"),
+        help="statistics of norms, measured anew on those images; auto: if features then come nearer to hard gates'",
+    )  # fmt: skip
 
 
 def _add_scaling(show: argparse.ArgumentParser) -> None:
@@ -184,7 +187,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
                 published.import_weights(args.source, args.folder, args.backbone)
             case "slice":
                 rule = replace(parse_rule(args.keep), multiple=args.multiple)
-                slice_run(args.run, args.out, rule, overrides, num_images=args.images, repair=not args.no_repair)
+                slice_run(args.run, args.out, rule, overrides, num_images=args.images, repair=args.repair)
             case "export" if args.to == "sslight":
                 published.export(args.source, args.file)
             case "export":

@@ -1,5 +1,6 @@
 """`trainer slice`: from a finished gated run to an ordinary smaller network, by unlabelled images of its own."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainer import distributed, weights
 from trainer.data.loader import ViewLoader
@@ -35,8 +37,14 @@ from trainer.weights import WeightsError
 log = logging.getLogger(__name__)
 REPORT = "slice.json"
 """Stands beside sliced weights and says how they were cut."""
+COMPARED = 1024
+"""Images on which the cut network is compared with the gated one."""
 EVER = 1e-12
 """A share of images below that of any open channel."""
+
+
+Repair = Literal["auto", "always", "never"]
+"""auto: if it brings the cut network's features nearer to those of the gated network, which decides image by image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +82,12 @@ def parse_rule(text: str) -> Rule:
 
 
 def slice_run(
-    run: Path, out: Path | None, rule: Rule, overrides: list[str], *, num_images: int, repair: bool = True
+    run: Path, out: Path | None, rule: Rule, overrides: list[str], *, num_images: int, repair: Repair = "auto"
 ) -> Path:
     """Write the sliced network of a run, by default among its weights, where `evaluate RUN` finds it too.
 
     num_images: of data.train, drawn by the run's seed, without labels, read as k-NN reads them; fewer if it has fewer
-    repair: measure the statistics of every norm behind a gate anew on those images
+    repair: whether to measure the statistics of every norm behind a gate anew on those images
     raises: WeightsError if the run has no gates or no weights, the folder is taken, or the budget is below the floor
     """
     recipe, source = _open(run, overrides)
@@ -97,12 +105,11 @@ def slice_run(
     plain = build_backbone(replace(weights.spec_of(config), gates=None)).to(device)
     dense_parameters = _num_parameters(plain)
     small = slice_network(gated, plain, masks)
-    if repair:
-        measure_norms(small, norms_behind_gates(gated), images)
+    small, repairs = _repair(small, gated, images, repair)
     weights.save_sliced(folder, small, config, widths(masks))
     parameters = {"dense": dense_parameters, "sliced": _num_parameters(small)}
-    facts = _report(rule, calibration, cost, widths(masks)) | {"parameters": parameters}
-    origin = {"run": str(run), "gated_sha256": weights.sha256(source / weights.MODEL), "repair": repair}
+    facts = _report(rule, calibration, cost, widths(masks)) | {"parameters": parameters, "repair": repairs}
+    origin = {"run": str(run), "gated_sha256": weights.sha256(source / weights.MODEL)}
     data = {"train": str(recipe.data.train), "images": calibration.num_images, "size": size, "seed": recipe.seed}
     write_json(folder / REPORT, origin | {"data": data} | facts)
     _say(folder, facts, data)
@@ -149,6 +156,31 @@ class _Images:
         loader.close()
 
 
+def _repair(cut: nn.Module, gated: nn.Module, images: _Images, repair: Repair) -> tuple[nn.Module, dict[str, Any]]:
+    """The cut network, repaired or not, and how near either comes to the gated network.
+
+    Where a cut opens for all images what was open for some, the old statistics fit no longer. Where it mostly closes,
+    new ones were measured to help less, or to harm (docs/gating.md). So auto compares.
+    """
+    repaired = copy.deepcopy(cut)
+    measure_norms(repaired, norms_behind_gates(gated), images)
+    few = replace(images, num_images=min(images.num_images, COMPARED))
+    wanted = _features(gated, few)
+    near = {"as_cut": agreement(_features(cut, few), wanted), "repaired": agreement(_features(repaired, few), wanted)}
+    keep = repair == "always" or (repair == "auto" and near["repaired"] > near["as_cut"])
+    return (repaired if keep else cut), {"asked": repair, "done": keep, "agreement": near}
+
+
+@torch.no_grad()
+def _features(network: nn.Module, images: _Images) -> Tensor:
+    return torch.cat([network(batch) for batch in images])
+
+
+def agreement(features: Tensor, wanted: Tensor) -> float:
+    """Mean cosine of two networks' features of the same images, each about its mean: (N, D), (N, D) -> 1 if alike."""
+    return float(F.cosine_similarity(features - features.mean(0), wanted - wanted.mean(0)).mean())
+
+
 def _num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -185,5 +217,10 @@ def _say(folder: Path, facts: dict[str, Any], data: dict[str, Any]) -> None:
         "multiply-accumulates: %.1f M dense, %.1f %% with hard gates, %.1f %% sliced; parameters: %.2f M dense, %.2f M",
         macs["dense"] / 1e6, 100 * macs["hard_gates_share"], 100 * macs["sliced_share"],
         parameters["dense"] / 1e6, parameters["sliced"] / 1e6,
+    )  # fmt: skip
+    near, done = facts["repair"]["agreement"], facts["repair"]["done"]
+    log.info(
+        "features agree with hard gates (cosine about the mean): %.3f as cut, %.3f with norms measured anew, %s",
+        near["as_cut"], near["repaired"], "which are kept" if done else "which are not kept",
     )  # fmt: skip
     log.info("written to %s", folder)
