@@ -3,7 +3,9 @@
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,18 +98,17 @@ def slice_run(
         raise WeightsError(f"{folder}: wanted a new or empty folder for the sliced network; give another, or remove it")
     device, size = distributed.local_device(), recipe.evals.knn.size
     gated, config = weights.load_backbone(source)
-    images = _Images(recipe, num_images, device)
-    calibration, cost = calibrate(gated.to(device), images), cost_at(gated, size)
-    try:
-        masks = rule.masks(calibration.rates, cost)
-    except ValueError as error:
-        raise WeightsError(f"{run}: --keep {rule.name}={rule.value} at {size} px: {error}") from None
-    plain = build_backbone(replace(weights.spec_of(config), gates=None)).to(device)
-    dense_parameters = _num_parameters(plain)
-    small = slice_network(gated, plain, masks)
-    small, repairs = _repair(small, gated, images, repair)
+    gated.to(device).eval()
+    with closing(_Images(recipe, num_images, device)) as images:
+        calibration, cost = calibrate(gated, images.batches()), cost_at(gated, size)
+        try:
+            masks = rule.masks(calibration.rates, cost)
+        except ValueError as error:
+            raise WeightsError(f"{run}: --keep {rule.name}={rule.value} at {size} px: {error}") from None
+        plain = build_backbone(replace(weights.spec_of(config), gates=None)).to(device)
+        small, repairs = _repair(slice_network(gated, plain, masks), gated, images, repair)
     weights.save_sliced(folder, small, config, widths(masks))
-    parameters = {"dense": dense_parameters, "sliced": _num_parameters(small)}
+    parameters = {"dense": _num_parameters(plain), "sliced": _num_parameters(small)}
     facts = _report(rule, calibration, cost, widths(masks)) | {"parameters": parameters, "repair": repairs}
     origin = {"run": str(run), "gated_sha256": weights.sha256(source / weights.MODEL)}
     data = {"train": str(recipe.data.train), "images": calibration.num_images, "size": size, "seed": recipe.seed}
@@ -131,29 +132,31 @@ def _open(run: Path, overrides: list[str]) -> tuple[Recipe, Path]:
     return recipe, folder
 
 
-@dataclass(frozen=True)
 class _Images:
-    """Batches (B, 3, S, S) of unlabelled images as k-NN reads them; the same ones every time."""
+    """Unlabelled images as k-NN reads them; the same ones every time."""
 
-    recipe: Recipe
-    num_images: int
-    device: torch.device
-
-    def __iter__(self) -> Iterator[Tensor]:
-        recipe, left = self.recipe, self.num_images
+    def __init__(self, recipe: Recipe, num_images: int, device: torch.device) -> None:
         knn, data, views = recipe.evals.knn, recipe.data, recipe.views
-        loader = ViewLoader(
+        self.loader = ViewLoader(
             data.train, [CenterView(size=knn.size, resize=knn.resize)], batch_size=knn.batch_size, seed=recipe.seed,
             num_workers=data.num_workers, subset=read_subset(data.train, data.subset), drop_last=False,
             on_bad_image=data.on_bad_image,
         )  # fmt: skip
-        for batch in loader.epoch(0):
-            if left <= 0:
-                break
-            images = to_float(batch.views[0], self.device, views.mean, views.std)[:left]
+        self.num_images, self.to_input = num_images, partial(to_float, device=device, mean=views.mean, std=views.std)
+
+    def batches(self, limit: int | None = None) -> Iterator[Tensor]:
+        """(B, 3, S, S) each; the first `limit` images only."""
+        left = self.num_images if limit is None else min(limit, self.num_images)
+        for batch in self.loader.epoch(0):
+            images = self.to_input(batch.views[0])[:left]
             left -= len(images)
             yield images
-        loader.close()
+            if left == 0:
+                return
+
+    def close(self) -> None:
+        """Free the loader's memory."""
+        self.loader.close()
 
 
 def _repair(cut: nn.Module, gated: nn.Module, images: _Images, repair: Repair) -> tuple[nn.Module, dict[str, Any]]:
@@ -163,17 +166,17 @@ def _repair(cut: nn.Module, gated: nn.Module, images: _Images, repair: Repair) -
     new ones were measured to help less, or to harm (docs/gating.md). So auto compares.
     """
     repaired = copy.deepcopy(cut)
-    measure_norms(repaired, norms_behind_gates(gated), images)
-    few = replace(images, num_images=min(images.num_images, COMPARED))
-    wanted = _features(gated, few)
-    near = {"as_cut": agreement(_features(cut, few), wanted), "repaired": agreement(_features(repaired, few), wanted)}
+    measure_norms(repaired, norms_behind_gates(gated), images.batches())
+    wanted = _features(gated, images)
+    near = {"as_cut": agreement(_features(cut, images), wanted)}
+    near["repaired"] = agreement(_features(repaired, images), wanted)
     keep = repair == "always" or (repair == "auto" and near["repaired"] > near["as_cut"])
     return (repaired if keep else cut), {"asked": repair, "done": keep, "agreement": near}
 
 
 @torch.no_grad()
 def _features(network: nn.Module, images: _Images) -> Tensor:
-    return torch.cat([network(batch) for batch in images])
+    return torch.cat([network(batch) for batch in images.batches(COMPARED)])
 
 
 def agreement(features: Tensor, wanted: Tensor) -> float:
