@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(fault)
     if args.verb == "slice" and min(args.images, args.multiple) < 1:
         parser.error(f"--images and --multiple must be at least 1, got {args.images} and {args.multiple}")
+    if args.verb == "export" and args.size is not None and (args.to == "sslight" or args.size < 1):
+        parser.error(f"--size is the pixels of an ONNX file's images, got {args.size} for {args.to}")
     if overrides and args.verb not in ("pretrain", "evaluate", "show", "sweep", "slice"):
         parser.error(f"{args.verb} reads no recipe, so it takes no {overrides[0]!r}")
     _log_to_console()
