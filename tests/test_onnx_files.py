@@ -68,9 +68,16 @@ def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_what_cannot_be_dynamic_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_dynamic_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "dense", dataclasses.replace(TINY, gates=None))
     save(tmp_path / "mobile", dataclasses.replace(TINY, name="mobilenetv2_035", args={}))
     for folder, said in (("dense", "no gates"), ("mobile", "depth-wise")):
         with pytest.raises(weights.WeightsError, match=said):
             onnx_files.export_onnx(tmp_path / folder, tmp_path / "x.onnx", dynamic=True)
+
+
+@pytest.mark.parametrize("options", [["--to", "sslight", "--size", "64"], ["--to", "onnx", "--size", "0"]])
+def test_a_size_is_for_onnx_files_and_at_least_1(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        trainer(["export", "run", "file", *options])
+    assert "--size is the pixels" in capsys.readouterr().err
