@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from trainer import protocols, stopping
@@ -30,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--images must be at least 1, got {args.images}")
     if args.verb == "show" and args.nodes is not None and (fault := _plan(args).check()):
         parser.error(fault)
-    if overrides and args.verb not in ("pretrain", "evaluate", "show", "sweep"):
+    if args.verb == "slice" and min(args.images, args.multiple) < 1:
+        parser.error(f"--images and --multiple must be at least 1, got {args.images} and {args.multiple}")
+    if args.verb == "export" and args.size is not None and (args.to == "sslight" or args.size < 1):
+        parser.error(f"--size is the pixels of an ONNX file's images, got {args.size} for {args.to}")
+    if overrides and args.verb not in ("pretrain", "evaluate", "show", "sweep", "slice"):
         parser.error(f"{args.verb} reads no recipe, so it takes no {overrides[0]!r}")
     _log_to_console()
     return _run(args, overrides)
@@ -71,12 +76,35 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("source", type=Path, metavar="FILE.pth.tar")
     imports.add_argument("folder", type=Path, help="where to: its student/ and teacher/ load in timm")
     imports.add_argument("--backbone", help="the network's timm name; found by its tensors if it is a published one")
+    _add_slice(verbs)
     export = verbs.add_parser("export", help="write a run's weights in another form")
-    export.add_argument("source", type=Path, metavar="RUN_OR_WEIGHTS")
+    export.add_argument("source", type=Path, metavar="RUN_OR_WEIGHTS", help="ONNX takes a run's student")
     export.add_argument("file", type=Path)
-    export.add_argument("--to", required=True, choices=("sslight",), help="sslight: what the published loaders read")
+    export.add_argument(
+        "--to", required=True, choices=("sslight", "onnx", "onnx-dynamic"),
+        help="sslight: what the published loaders read; onnx: normalised images -> features, batches of any size; "
+        "onnx-dynamic: of weights/gated, one image at a time, computing open channels only",
+    )  # fmt: skip
+    export.add_argument("--size", type=int, help="pixels of an ONNX file's images (default: the weights' own)")
     verbs.add_parser("doctor", help="check this machine, and build what DeepSpeed compiles; it has its own --help")
     return parser
+
+
+def _add_slice(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    cut = verbs.add_parser("slice", help="make an ordinary smaller network of a gated run (docs/gating.md)")
+    cut.add_argument("run", type=Path)
+    cut.add_argument(
+        "--keep", required=True, metavar="RULE",
+        help="safe: channels that ever open; threshold=0.5: those open for half of the images or more; budget=0.3: the "
+        "best for 0.3 of the dense network's multiply-accumulates",
+    )  # fmt: skip
+    cut.add_argument("--out", type=Path, help="folder (default: among the run's weights, named by the rule)")
+    cut.add_argument("--multiple", type=int, default=1, help="of which widths are, such as 8 (default: %(default)s)")
+    cut.add_argument("--images", type=int, default=10_000, help="of data.train, unlabelled (default: %(default)s)")
+    cut.add_argument(
+        "--repair", default="auto", choices=("auto", "always", "never"),
+        help="statistics of norms, measured anew on those images; auto: if features then come nearer to hard gates'",
+    )  # fmt: skip
 
 
 def _add_scaling(show: argparse.ArgumentParser) -> None:
@@ -132,12 +160,14 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     from trainer.evals.command import evaluate
     from trainer.guards import TrainingError
     from trainer.loop import pretrain
+    from trainer.onnx_files import export_onnx
     from trainer.recipe import RecipeError
     from trainer.recipe_file import load_recipe
     from trainer.report import ReportError, report
     from trainer.run_dir import RunDirError
     from trainer.run_state import StateError
     from trainer.show import show
+    from trainer.slimming import parse_rule, slice_run
     from trainer.sweep import SweepError, sweep
     from trainer.weights import WeightsError
 
@@ -157,8 +187,13 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
                 sweep(args.sweep, overrides, out=args.out, launcher=args.launcher)
             case "import-weights":
                 published.import_weights(args.source, args.folder, args.backbone)
-            case "export":
+            case "slice":
+                rule = replace(parse_rule(args.keep), multiple=args.multiple)
+                slice_run(args.run, args.out, rule, overrides, num_images=args.images, repair=args.repair)
+            case "export" if args.to == "sslight":
                 published.export(args.source, args.file)
+            case "export":
+                export_onnx(args.source, args.file, dynamic=args.to == "onnx-dynamic", size=args.size)
     except (RecipeError, DSConfigError, RunDirError, BetonError, WeightsError, ReportError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank of the machine came to the same fault
             log.error("%s", error)

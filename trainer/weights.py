@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -146,14 +146,20 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     raises: WeightsError if the folder is none, or its tensors and its architecture differ
     """
     config = read_config(folder)
-    spec = spec_of(config)
-    network = build_backbone(spec)
-    if "widths" in config:
-        narrow(network, first_channels(network, config["widths"]))
-    load_strictly(network, load_file(folder / MODEL), f"{folder}: {spec.name} {spec.args}")
+    network = build(config)
+    where = f"{folder}: {config['architecture']} {config.get('model_args', {})}"
+    load_strictly(network, load_file(folder / MODEL), where)
     if is_gated(network):
         always_hard(network)
     return network, config
+
+
+def build(config: dict[str, Any], *, init: Literal["reference", "timm"] = "timm") -> nn.Module:
+    """The freshly initialised network that a weights folder's config describes, as narrow as it says."""
+    network = build_backbone(dataclasses.replace(spec_of(config), init=init))
+    if "widths" in config:
+        narrow(network, first_channels(network, config["widths"]))
+    return network
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

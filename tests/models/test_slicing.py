@@ -6,7 +6,18 @@ from torch import Tensor, nn
 
 from tests.models.test_gating import NETWORKS, SIZE, gated, images, plain
 from trainer.models.gating import cost_at, gated_pass, gates_of, in_mode
-from trainer.models.slicing import at_least, first_channels, narrow, open_rates, slice_network, widths, within_budget
+from trainer.models.slicing import (
+    at_least,
+    calibrate,
+    first_channels,
+    measure_norms,
+    narrow,
+    norms_behind_gates,
+    open_rates,
+    slice_network,
+    widths,
+    within_budget,
+)
 
 TOLERANCE = 1e-5
 
@@ -126,3 +137,54 @@ def test_a_budget_prefers_channels_that_open_more_often() -> None:
     rates = {gate.name: torch.linspace(0.1, 0.9, gate.num_channels).double() for gate in gates_of(network)}
     for mask in within_budget(rates, cost_at(network, SIZE), 0.92).values():
         assert mask.tolist() == sorted(mask.tolist()), "the closed ones come first, as the rates rise"
+
+
+def test_a_calibration_counts_the_multiply_accumulates_of_each_image() -> None:
+    network = trained("bottleneck")  # where two gates meet, the mean of a product is not the product of means
+    found, cost = calibrate(network, [images(5, 1), images(3, 2)]), cost_at(network, SIZE)
+    openings = gated_pass(network, torch.cat([images(5, 1), images(3, 2)]), "hard").openings
+    counted = torch.stack([opening.mask.sum(1) for opening in openings], dim=1)
+    assert found.num_images == 8
+    assert found.macs == pytest.approx(float(cost.ratio(counted).mean().detach()) * cost.dense, rel=1e-9)
+
+
+def test_calibrating_leaves_the_network_in_training_if_it_was() -> None:
+    network = trained("basic").train()
+    open_rates(network, [images()])
+    assert network.training
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 64])
+def test_widths_are_multiples_or_full(multiple: int) -> None:
+    network = trained("basic")
+    rates, cost = open_rates(network, [images(8)]), cost_at(network, SIZE)
+    floor = cost.open_macs(torch.tensor([min(multiple, width) for width in cost.widths])).item() / cost.dense
+    for masks in (at_least(rates, 0.5, multiple=multiple), within_budget(rates, cost, floor + 0.05, multiple=multiple)):
+        assert all(mask.sum() % multiple == 0 or mask.all() for mask in masks.values())
+        for name, mask in masks.items():
+            assert mask.all() or rates[name][mask == 1].min() >= rates[name][mask == 0].max()
+    assert cost.open_macs(torch.tensor(list(widths(masks).values()))).item() <= (floor + 0.05) * cost.dense
+    with pytest.raises(ValueError, match=f"{multiple} channels in each gate cost"):
+        within_budget(rates, cost, floor - 0.01, multiple=multiple)
+
+
+def test_rounding_up_adds_the_channels_that_open_most_often_of_the_rest() -> None:
+    assert [mask.tolist() for mask in at_least(RATES, 0.5, multiple=3).values()] == [[1, 1, 1, 0], [1, 1, 1]]
+
+
+def test_repaired_norms_hold_the_statistics_of_the_sliced_network_and_others_are_untouched() -> None:
+    network = trained("basic")
+    small = slice_network(network, plain("basic"), some_masks(network))
+    names, before = norms_behind_gates(network), small.get_submodule("bn1").running_mean.clone()  # type: ignore[operator]
+    assert "bn1" not in names
+    assert "layer2.0.downsample.1" in names
+    inputs: list[Tensor] = []
+    small.get_submodule("layer1.0.bn2").register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    measure_norms(small, names, [images(8, 1), images(8, 2)])
+    wanted = torch.stack([each.mean((0, 2, 3)) for each in inputs]).mean(0)
+    repaired = small.get_submodule("layer1.0.bn2")
+    assert isinstance(repaired, nn.BatchNorm2d)
+    assert torch.allclose(repaired.running_mean, wanted, atol=1e-6)
+    assert torch.equal(small.get_submodule("bn1").running_mean, before)  # type: ignore[arg-type]
+    assert repaired.momentum == 0.1
+    assert not any(module.training for module in small.modules())

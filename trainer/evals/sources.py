@@ -1,6 +1,5 @@
 """What can be evaluated: a run of ours, a weights folder, a timm network; always beside what it must beat."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -131,8 +130,8 @@ def _open_weights(path: Path, folders: list[Path], protocol: str, overrides: lis
         raise RecipeError(f"{path}: holds {[config['architecture'] for config in configs]}; name one folder of it")
     settings = load_evaluation(path, *weights.normalisation(folders[0], configs[0]), overrides)
     source = Source(settings, path / "evals" / f"{protocol}-{_tag(settings.data.train)}.json", None)
-    spec = dataclasses.replace(weights.spec_of(configs[0]), init="reference")
-    _add_untrained(source, spec)
+    seed_everything(settings.seed)
+    _add(source, "untrained", weights.build(configs[0], init="reference"), _untrained(settings.seed))
     return _add_folders(source, folders)
 
 
@@ -143,7 +142,9 @@ def _open_timm(name: str, protocol: str, overrides: list[str]) -> Source:
         raise RecipeError(f"{name}: timm has no weights for it; name another network, or a weights folder")
     settings = load_evaluation(Path(name), usual.mean, usual.std, overrides)
     source = Source(settings, Path("evals") / f"{protocol}-{name}-{_tag(settings.data.train)}.json", None)
-    _add_untrained(source, Backbone(name=name, pos_embed="timm"))
+    seed_everything(settings.seed)
+    untrained = build_backbone(Backbone(name=name, pos_embed="timm"))
+    _add(source, "untrained", untrained, _untrained(settings.seed))
     try:
         network: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as error:
@@ -158,11 +159,6 @@ def _untrained(seed: int) -> str:
 
 def _add(source: Source, name: str, network: nn.Module, origin: str) -> None:
     source.networks[name], source.origins[name] = network, origin
-
-
-def _add_untrained(source: Source, spec: Backbone) -> None:
-    seed_everything(source.recipe.seed)
-    _add(source, "untrained", build_backbone(spec), _untrained(source.recipe.seed))
 
 
 def _add_folders(source: Source, folders: list[Path]) -> Source:

@@ -1,76 +1,109 @@
 """From gated to small: which channels a gated network keeps, and an ordinary network that has no others."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trainer.models.gated_blocks import KINDS
+from trainer.models.gated_blocks import KINDS, ModeNorm
 from trainer.models.gates import Masks
-from trainer.models.gating import gated_pass, gated_state, gates_of
+from trainer.models.gating import cost_at, counts, gated_pass, gated_state, gates_of
 from trainer.models.macs import Cost
 
 Rates = Mapping[str, Tensor]
 """For each gate, by its name in the network, the (C,) shares of images for which a channel is open; float64."""
 
 
+class Calibration(NamedTuple):
+    """What hard gates did on some images."""
+
+    rates: dict[str, Tensor]
+    macs: float
+    """Mean multiply-accumulates of an image, the gates' own included."""
+    num_images: int
+
+
 @torch.no_grad()
-def open_rates(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """How often each channel of a gated network is open, with hard gates, over batches of (B, 3, S, S) images."""
-    gates, was_training = gates_of(network.eval()), network.training
+def calibrate(network: nn.Module, batches: Iterable[Tensor]) -> Calibration:
+    """Run a gated network with hard gates over batches of (B, 3, S, S) images, all of one size.
+
+    raises: ValueError if there are no images
+    """
+    was_training, gates = network.training, gates_of(network.eval())
     sums = [torch.zeros(gate.num_channels, dtype=torch.float64) for gate in gates]
-    num_images = 0
+    macs, num_images = 0.0, 0
     for images in batches:
-        for total, opening in zip(sums, gated_pass(network, images, "hard").openings, strict=True):
+        openings, cost = gated_pass(network, images, "hard").openings, cost_at(network, images.shape[-1])
+        for total, opening in zip(sums, openings, strict=True):
             total += opening.mask.sum(0, dtype=torch.float64).cpu()
+        macs += float((cost.open_macs(counts(openings, hard=True)) + cost.gate_macs).sum())
         num_images += len(images)
     network.train(was_training)
     if num_images == 0:
         raise ValueError("open rates need at least one image, got none")
-    return {gate.name: total / num_images for gate, total in zip(gates, sums, strict=True)}
+    rates = {gate.name: total / num_images for gate, total in zip(gates, sums, strict=True)}
+    return Calibration(rates, macs / num_images, num_images)
 
 
-def at_least(rates: Rates, threshold: float) -> dict[str, Tensor]:
+def open_rates(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """How often each channel of a gated network is open, with hard gates, over batches of (B, 3, S, S) images."""
+    return calibrate(network, batches).rates
+
+
+def at_least(rates: Rates, threshold: float, *, multiple: int = 1) -> dict[str, Tensor]:
     """Masks of the channels that are open for a share of `threshold` or more, and of the most open one of each gate.
 
     A threshold just above 0 keeps all that ever open: what is dropped then never reached an output on those images.
+    multiple: what widths are rounded up to, by the channels that open most often of the rest
     """
-    return {name: _with_best(rate >= threshold, rate) for name, rate in rates.items()}
+    wanted = {name: max(1, int((rate >= threshold).sum())) for name, rate in rates.items()}
+    return {name: _most_open(rate, math.ceil(wanted[name] / multiple) * multiple) for name, rate in rates.items()}
 
 
-def _with_best(keep: Tensor, rate: Tensor) -> Tensor:
-    keep = keep.clone()
-    keep[rate.argmax()] = True
-    return keep.float()
+def _most_open(rate: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(len(rate))
+    mask[rate.argsort(descending=True, stable=True)[:count]] = 1
+    return mask
 
 
-def within_budget(rates: Rates, cost: Cost, target: float) -> dict[str, Tensor]:
+def within_budget(rates: Rates, cost: Cost, target: float, *, multiple: int = 1) -> dict[str, Tensor]:
     """Masks of the channels that open most often for what they cost, until the sliced network costs the target.
 
     Greedy: channels enter by rate / (what the dense network saves without one of its gate), ties by gate and number;
-    one that no longer fits is passed over, and cheaper ones may still enter. One that never opens stays out.
+    a gate whose next ones no longer fit is done, and cheaper ones of others may still enter. One that never opens stays
+    out, unless it fills a multiple.
     target: of the dense network's multiply-accumulates; a sliced network pays for no gates
-    raises: ValueError if one channel in each gate costs more
+    multiple: how many channels of a gate enter together, so that all widths are multiples of it, or a gate's full one
+    raises: ValueError if one such group in each gate costs more
     """
-    counts = [1] * len(cost.widths)
-    if _share(cost, counts) > target:
-        floor = _share(cost, counts)
-        raise ValueError(f"one channel in each gate costs {floor:.4f} of the dense network, more than {target}")
-    each = list(rates.values())
-    masks = [_with_best(torch.zeros_like(rate, dtype=torch.bool), rate) for rate in each]
+    falling = [rate.sort(descending=True, stable=True).values for rate in rates.values()]
+    kept = [min(multiple, len(rate)) for rate in falling]
+    if (floor := _share(cost, kept)) > target:
+        least = "one channel in each gate costs" if multiple == 1 else f"{multiple} channels in each gate cost"
+        raise ValueError(f"{least} {floor:.4f} of the dense network, more than {target}")
     full = _share(cost, cost.widths)
-    prices = [full - _share(cost, [w - (i == g) for i, w in enumerate(cost.widths)]) for g in range(len(counts))]
-    spare = [(g, c) for g, mask in enumerate(masks) for c in range(len(mask)) if not mask[c] and each[g][c] > 0]
-    for g, c in sorted(spare, key=lambda channel: -float(each[channel[0]][channel[1]]) / prices[channel[0]]):
-        more = [count + (gate == g) for gate, count in enumerate(counts)]
-        if _share(cost, more) <= target:
-            counts, masks[g][c] = more, 1.0
-    return dict(zip(rates, masks, strict=True))
+    prices = [full - _share(cost, [w - (i == g) for i, w in enumerate(cost.widths)]) for g in range(len(kept))]
+    groups = [
+        (g, group)
+        for g, rate in enumerate(falling)
+        for group in torch.split(rate, multiple)[1:]
+        if group[0] > 0
+    ]  # fmt: skip
+    done: set[int] = set()
+    for g, group in sorted(groups, key=lambda each: -float(each[1].mean()) / prices[each[0]]):
+        more = [count + len(group) * (gate == g) for gate, count in enumerate(kept)]
+        if g not in done and _share(cost, more) <= target:
+            kept = more
+        else:
+            done.add(g)
+    return {name: _most_open(rate, count) for (name, rate), count in zip(rates.items(), kept, strict=True)}
 
 
-def _share(cost: Cost, counts: Sequence[float]) -> float:
-    return cost.ratio_at(counts) - cost.gate_macs / cost.dense
+def _share(cost: Cost, kept: Sequence[float]) -> float:
+    return cost.ratio_at(kept) - cost.gate_macs / cost.dense
 
 
 def slice_network(gated: nn.Module, plain: nn.Module, masks: Masks) -> nn.Module:
@@ -121,6 +154,30 @@ def _narrow_norm(norm: nn.Module, kept: Tensor) -> None:
     norm.num_features = len(kept)
     norm.weight, norm.bias = nn.Parameter(norm.weight[kept]), nn.Parameter(norm.bias[kept])
     norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]
+
+
+def norms_behind_gates(gated: nn.Module) -> list[str]:
+    """Names of the norms whose inputs depend on what gates open: those that a gated network has twice."""
+    return [name for name, module in gated.named_modules() if isinstance(module, ModeNorm)]
+
+
+@torch.no_grad()
+def measure_norms(network: nn.Module, names: Sequence[str], batches: Iterable[Tensor]) -> None:
+    """Give the named BatchNorms the mean statistics of these batches of (B, 3, S, S) images, in place of their own.
+
+    One pass: each norm sees what those before it make of the batch at hand.
+    """
+    norms = [norm for name in names if isinstance(norm := network.get_submodule(name), nn.BatchNorm2d)]
+    momenta, was_training = [norm.momentum for norm in norms], network.training
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None  # every batch counts the same
+    for images in batches:
+        network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.train(was_training)
 
 
 def widths(masks: Masks) -> dict[str, int]:
