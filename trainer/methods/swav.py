@@ -144,12 +144,16 @@ class SwAV(Method):
         self._new_rows: list[Tensor] = []
 
     @torch.no_grad()
-    def adopt(self, prototypes: Tensor) -> None:
+    def adopt(self, prototypes: Tensor | None) -> None:
         """Score embeddings against a frozen teacher's (K, D) prototypes, if the recipe says so."""
         if self.config.prototypes != "teacher":
             return
         assert self.prototypes is not None
         weight = self.prototypes.weight
+        if prototypes is None:
+            raise ValueError(
+                "method.prototypes teacher: the teacher's head is a plain MLP without any; set method.prototypes=own"
+            )
         if prototypes.shape != weight.shape:
             raise ValueError(
                 f"method.prototypes teacher: wanted {tuple(weight.shape)} of num_prototypes x out_dim, and the "
