@@ -50,6 +50,8 @@ class SwAVConfig:
     """Entropy of the assignment: the smaller, the harder the codes."""
     sinkhorn_iterations: int = 3
     """0 for softmax(scores / epsilon), which balances nothing."""
+    hard_codes: bool = False
+    """A view's code is its strongest prototype alone, after the balancing."""
     queue_size: int
     """Embeddings (with codes: teacher, scores) kept for the assignment, over all ranks, for each view that gets codes;
     0 for none."""
@@ -196,7 +198,14 @@ class SwAV(Method):
 
     @torch.no_grad()
     def _codes(self, scores: Tensor) -> Tensor:
-        """(T, B, K) scores -> codes, balanced together with the queue once that is full."""
+        """(T, B, K) scores -> codes, each row summing to 1."""
+        codes = self._soft_codes(scores)
+        if not self.config.hard_codes:
+            return codes
+        return torch.zeros_like(codes).scatter_(-1, codes.argmax(-1, keepdim=True), 1.0)
+
+    def _soft_codes(self, scores: Tensor) -> Tensor:
+        """Codes that are balanced together with the queue once that is full."""
         batch, scores = scores.shape[1], scores.float()
         if self.config.sinkhorn_iterations == 0:
             return F.softmax(scores / self.config.epsilon, dim=-1)
