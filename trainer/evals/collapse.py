@@ -37,7 +37,7 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
     for name in networks:
         head = _head_of(source.folders[name]) if name in source.folders else None
         results[name] = measures(centres[name], first[name].vectors, second[name].vectors, head)
-    return {"size": reader.size, "resize": reader.resize, "scale": PAIR["scale"], "t": UNIFORMITY_T}, results
+    return reader.stated() | {"scale": PAIR["scale"], "t": UNIFORMITY_T}, results
 
 
 def measures(centres: Features, first: Tensor, second: Tensor, head: FrozenHead | None) -> dict[str, float]:

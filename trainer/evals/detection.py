@@ -54,19 +54,29 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     """A detector, or for `segmentation` one with masks, on every network of the source; seeds are the recipe's."""
     recipe, settings = source.recipe, source.recipe.evals.detection
     data = open_coco(recipe.data.train, recipe.data.val, masks=protocol == "segmentation")
-    views, seed = recipe.views, recipe.seed
+    views, seed, bf16 = recipe.views, recipe.seed, recipe.evals.bf16
+    stated = {key: value for key, value in dataclasses.asdict(settings).items() if key not in OF_THE_MACHINE}
+    stated |= {"bf16": True} if bf16 else {}
     results = {
         name: detection_accuracy(
-            copy.deepcopy(network), data, settings, seed=seed, mean=views.mean, std=views.std,
-            kept=source.resumable(name, seed),
+            copy.deepcopy(network), data, settings, seed=seed, mean=views.mean, std=views.std, bf16=bf16,
+            kept=source.resumable(name, seed, stated),
         )
         for name, network in source.networks.items()
     }  # fmt: skip
-    return {key: value for key, value in dataclasses.asdict(settings).items() if key not in OF_THE_MACHINE}, results
+    return stated, results
 
 
 def detection_accuracy(
-    network: nn.Module, data: CocoData, settings: Detection, *, seed: int, mean: Any, std: Any, kept: Resumable
+    network: nn.Module,
+    data: CocoData,
+    settings: Detection,
+    *,
+    seed: int,
+    mean: Any,
+    std: Any,
+    bf16: bool,
+    kept: Resumable,
 ) -> dict[str, float]:
     """Train a detector on the network, from its weights, and measure it."""
     device = distributed.local_device()
@@ -82,6 +92,7 @@ def detection_accuracy(
             regions=settings.regions,
             mean=mean,
             std=std,
+            bf16=bf16,
         )
     except ValueError as error:
         raise RecipeError(f"detection: {error}") from error

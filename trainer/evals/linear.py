@@ -118,7 +118,7 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
     """A linear classifier on cached features of every network of the source; images are read as k-NN reads them."""
     reader = reader_of(source.recipe, distributed.local_device())
     train, val = labelled_features(source.on(reader.device), source.recipe.data, reader)
-    settings = {"size": reader.size, "resize": reader.resize, "solver": "L-BFGS", "weight_decays": WEIGHT_DECAYS}
+    settings = reader.stated() | {"solver": "L-BFGS", "weight_decays": WEIGHT_DECAYS}
     settings |= {"scales": "each feature or all alike"}
     settings |= {"chosen_on": f"{FOLDS}-fold cross-validation on train"}
     return settings, {name: linear_accuracy(train[name], val[name]) for name in source.networks}
