@@ -3,10 +3,10 @@
 python -m benchmarks.linear FOLDER WEIGHTS [--size 64] [--epochs 100] [--every 1]
 
 FOLDER has train/CLASS/*.jpg and val/CLASS/*.jpg; WEIGHTS is a weights folder, such as runs/NAME/weights/student. Cached
-is what `trainer evaluate --protocol linear_cached` does: features once, logistic regression, its weight decay chosen on
-a held-out tenth of train. Plain is torchvision's ImageFolder and SGD with a cosine: every epoch decodes every image
+is what `trainer evaluate --protocol linear_cached` does: features once, logistic regression, its weight decay chosen by
+cross-validation on train. Plain is torchvision's ImageFolder and SGD with a cosine: every epoch decodes every image
 with Pillow, cuts its centre, runs the network and trains a linear layer. Its rate and weight decay, and whether a
-BatchNorm without weights stands before the layer, are the best on the same held-out tenth; that search runs on cached
+BatchNorm without weights stands before the layer, are the best on a held-out tenth of train; that search runs on cached
 features and is not counted. Neither is the conversion, which is printed by itself. One JSON line a case: CPU seconds of
 all threads and processes, wall seconds, accuracy on val; of the plain loop also how many times as long it took.
 """
@@ -34,7 +34,7 @@ from torchvision.datasets import ImageFolder
 from trainer import weights
 from trainer.data import multicrop  # noqa: F401  (imported late otherwise: 7 s of start-up that are no work of the probe)
 from trainer.evals.features import Features, ImageReader
-from trainer.evals.linear import held_out_tenth, linear_accuracy
+from trainer.evals.linear import folds, linear_accuracy
 
 T = TypeVar("T")
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
@@ -125,7 +125,7 @@ def cached_probe(
 
 def choose(train: Features, epochs: int) -> Choice:
     """The best on the held-out tenth, of a linear layer trained on the other nine."""
-    held_out, rest = held_out_tenth(len(train.labels))
+    held_out, rest = folds(len(train.labels), 10)[0]
     vectors, labels = train.vectors[rest], train.labels[rest]
 
     def shuffled(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:

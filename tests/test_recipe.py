@@ -46,7 +46,7 @@ def test_every_recipe_is_complete_but_for_its_paths(path: Path) -> None:
     silent = {key for key in resolved if not any(k.startswith(key) or key.startswith(k) for k in given_keys)}
     optional = {".data.train", ".data.val", ".data.subset", ".run.dir", ".backbone.args", ".optim.sgd_momentum"}
     protocols = tuple(
-        f".evals.{name}" for name in EVALS if name != "knn"
+        f".evals.{name}" for name in (*EVALS, "bf16") if name != "knn"
     )  # of a finished network: they shape no training
     assert {key for key in silent if not key.endswith(".ratio") and not key.startswith(protocols)} <= optional
 

@@ -99,14 +99,16 @@ def check_backbone(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from error
 
 
-def check_teacher(recipe: Recipe) -> None:
-    """Whether a frozen teacher can be had and fits, before anything is written; WeightsError, RecipeError if not."""
-    if isinstance(recipe.teacher, Frozen):
-        check_count(recipe)
-        teacher, method = build_frozen(recipe), build_method(recipe)
-        hand_over_prototypes(teacher, method)
-        if recipe.method.wants_tokens:
-            _check_patches(recipe, teacher, method)
+def check_teacher(recipe: Recipe) -> FrozenTeacher | None:
+    """The frozen teacher, if it can be had and fits, before anything is written; WeightsError, RecipeError if not."""
+    if not isinstance(recipe.teacher, Frozen):
+        return None
+    check_count(recipe)
+    teacher, method = build_frozen(recipe), build_method(recipe)
+    hand_over_prototypes(teacher, method)
+    if recipe.method.wants_tokens:
+        _check_patches(recipe, teacher, method)
+    return teacher
 
 
 @torch.no_grad()
@@ -129,14 +131,21 @@ def hand_over_prototypes(teacher: EMATeacher | FrozenTeacher | None, method: Met
     """
     if isinstance(teacher, FrozenTeacher) and teacher.head.prototypes is not None:
         try:
-            method.adopt(teacher.head.prototypes)
+            method.adopt(teacher.head.prototypes if teacher.head.bias is None else None)
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
 
-def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, saved: RunState | None) -> Assembly:
+def assemble(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    saved: RunState | None,
+    frozen: FrozenTeacher | None = None,
+) -> Assembly:
     """Build every part, the same on every rank, as it was in the saved state if there is one.
 
+    frozen: what `check_teacher` has read already, whose file may be large
     raises: StateError if the saved state is of other networks
     """
     schedules = recipe.schedules(count_steps(recipe))
@@ -145,7 +154,7 @@ def assemble(recipe: Recipe, ds_config: dict[str, Any], device: torch.device, sa
     if recipe.backbone.sync_batchnorm:
         synchronise_batchnorm(method, device)
     method.to(device)
-    teacher = build_teacher(recipe, method)
+    teacher = frozen or build_teacher(recipe, method)
     if isinstance(teacher, FrozenTeacher):
         give_prototypes(recipe, teacher.to(device), device)
     hand_over_prototypes(teacher, method)

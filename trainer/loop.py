@@ -45,12 +45,12 @@ def pretrain(recipe: Recipe, recipe_path: Path, ds_config_path: Path | None) -> 
     ds_config = load_ds_config(ds_config_path, recipe.optim, micro_batch=recipe.micro_batch(distributed.world()))
     count_steps(recipe)
     check_backbone(recipe)
-    check_teacher(recipe)
+    frozen = check_teacher(recipe)
     distributed.start(device)
     folder = run_dir.claim(recipe, recipe_path, ds_config)
     with run_dir.held(folder):
         run_dir.log_to(folder)
-        run = assemble(recipe, ds_config, device, checkpoint.newest(folder))
+        run = assemble(recipe, ds_config, device, checkpoint.newest(folder), frozen)
         announce(recipe, run)
         with stop_requests() as request:
             finished = train(recipe, run, folder, autocast(ds_config, device), request)

@@ -241,6 +241,9 @@ class Evals:
     clevr_dist: ClevrDist = ClevrDist()
     detection: Detection = Detection()
     """Of `segmentation` too."""
+    bf16: bool = False
+    """Networks run under bfloat16 autocast; weights, statistics, votes, and of detectors all behind the feature
+    pyramid, stay in fp32."""
 
 
 CLASSIFICATIONS = (

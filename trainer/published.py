@@ -80,7 +80,7 @@ def import_weights(source: Path, folder: Path, backbone: str | None = None) -> N
     networks = {branch: fill(spec, state, f"{source}: {branch}") for branch, state in checkpoint.backbones.items()}
     for branch, network in networks.items():
         weights.save_backbone(folder / branch, network, spec, size=224, mean=MEAN, std=STD)
-        weights.save_head(folder / branch, checkpoint.heads[branch], checkpoint.method)
+        weights.save_head(folder / branch, checkpoint.heads[branch], weights.HeadSpec(checkpoint.method))
     origin = {"file": source.name, "sha256": weights.sha256(source)}
     facts = {name: getattr(checkpoint, name) for name in ("method", "epoch", "steps", "left_out")}
     write_json(folder / SOURCE, origin | facts)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from trainer.models.backbones import Backbone, build_backbone, num_features
 from trainer.models.gates import Gates
 from trainer.models.gating import always_hard, dense_state, is_gated
+from trainer.models.heads import PlainMLP
 from trainer.models.slicing import first_channels, narrow
 from trainer.recipe import Recipe
 from trainer.run_dir import write_json
@@ -25,6 +27,15 @@ MODEL, HEAD, CONFIG = "model.safetensors", "head.safetensors", "config.json"
 
 class WeightsError(ValueError):
     """Weights that are not what they were taken for."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the tensors of a projection head do not show."""
+
+    method: str
+    mlp_head: PlainMLP | None = None
+    """Which stood in the place of the method's own head."""
 
 
 def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -> None:
@@ -42,7 +53,8 @@ def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -
     for name, branch in branches.items():
         folder = run_dir / "weights" / name
         _save_network(folder, dense_state(_under("backbone.", branch)), config)
-        save_head(folder, _under("head.", branch), recipe.method.name)
+        spec = HeadSpec(recipe.method.name, getattr(recipe.method, "mlp_head", None))
+        save_head(folder, _under("head.", branch), spec)
     if recipe.backbone.gates is not None:
         gates = {"gates": dataclasses.asdict(recipe.backbone.gates)}
         _save_network(run_dir / "weights" / "gated", _under("backbone.", branches["student"]), config | gates)
@@ -96,9 +108,11 @@ def _config(
     }
 
 
-def save_head(folder: Path, state: Mapping[str, Tensor], method: str) -> None:
+def save_head(folder: Path, state: Mapping[str, Tensor], spec: HeadSpec) -> None:
     """Write a branch's projection head beside its backbone, where timm does not look."""
-    _save_tensors(folder / HEAD, state, {"order": json.dumps(list(state)), "method": method})
+    plain = json.dumps(None if spec.mlp_head is None else dataclasses.asdict(spec.mlp_head))
+    facts = {"order": json.dumps(list(state)), "method": spec.method, "mlp_head": plain}
+    _save_tensors(folder / HEAD, state, facts)
 
 
 def load_head(folder: Path) -> dict[str, Tensor]:
@@ -118,13 +132,14 @@ def load_head(folder: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in json.loads(order)}
 
 
-def method_of_head(folder: Path) -> str | None:
-    """Which method the folder's head is of; None if there is none, or one of the time before heads said so."""
+def spec_of_head(folder: Path) -> HeadSpec | None:
+    """What the folder's head is; None if there is none, or one of the time before heads said so."""
     if not (folder / HEAD).is_file():
         return None
     with safe_open(folder / HEAD, framework="pt") as file:
-        method: str | None = (file.metadata() or {}).get("method")
-        return method
+        facts = file.metadata() or {}
+    plain = json.loads(facts.get("mlp_head", "null"))
+    return HeadSpec(facts["method"], plain and PlainMLP(**plain)) if "method" in facts else None
 
 
 def _save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})) -> None:

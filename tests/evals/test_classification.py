@@ -171,6 +171,22 @@ def test_without_a_projection_head_few_labels_say_what_to_do() -> None:
         classifier(Classification(head="projection"))
 
 
+def test_in_bfloat16_logits_and_weights_stay_in_fp32() -> None:
+    images, labels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    full, half = (
+        build_classifier(copy.deepcopy(network), CASES["finetune"], 12, {}, seed=3, bf16=bf16)
+        for network in (build_backbone(TINY),)
+        for bf16 in (False, True)
+    )
+    logits = half.logits(images)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, full.logits(images))
+    torch.testing.assert_close(logits, full.logits(images), rtol=0.05, atol=0.02)
+    half(images, labels).backward()
+    assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {torch.float32}
+    assert all(p.grad is not None for p in half.parameters())
+
+
 def test_a_vits_probe_sees_the_class_tokens_of_its_last_four_blocks() -> None:
     vit = build_backbone(Backbone(name="vit_tiny_patch16_224", args={"img_size": 32, "embed_dim": 12, "depth": 6}))
     probe = build_classifier(vit.eval(), Linear(), 3, {}, seed=0)

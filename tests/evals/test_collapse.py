@@ -13,7 +13,9 @@ from trainer import weights
 from trainer.__main__ import main as trainer
 from trainer.evals.collapse import alignment, prototype_logits, prototype_use, uniformity
 from trainer.models.backbones import build_backbone
-from trainer.models.heads import DINOHead, Prototypes, SwAVHead
+from trainer.models.heads import CosinePrototypes, DINOHead, MSNHead, Prototypes, SwAVHead
+from trainer.teachers.heads import head_of
+from trainer.weights import HeadSpec
 
 
 def test_views_that_agree_are_aligned_at_any_length() -> None:
@@ -39,22 +41,23 @@ def test_prototypes_are_met_as_the_heads_meet_them() -> None:
     torch.manual_seed(0)
     features = torch.randn(6, 16)
     dino = DINOHead(16, hidden_dim=8, bottleneck_dim=4, num_prototypes=9, norm=True, train_gain=False).eval()
-    logits = prototype_logits(features, dino.state_dict())
+    logits = prototype_logits(features, head_of(HeadSpec("dino"), dino.state_dict(), "here"))
     assert logits is not None
     torch.testing.assert_close(logits, dino(features))
     swav, prototypes = SwAVHead(16, hidden_dim=8, out_dim=4).eval(), Prototypes(4, 7)
-    state = swav.state_dict() | {f"prototypes.{name}": value for name, value in prototypes.state_dict().items()}
-    logits = prototype_logits(features, state)
-    assert logits is not None
-    torch.testing.assert_close(logits, prototypes(swav(features)))
-    assert prototype_logits(features, swav.state_dict()) is None, "a head without prototypes"
+    msn, directions = MSNHead(16, hidden_dim=8, out_dim=4, norm=True).eval(), CosinePrototypes(4, 7)
+    for name, head, vectors in (("swav", swav, prototypes), ("msn", msn, directions)):
+        state = head.state_dict() | {"prototypes.weight": vectors.weight.detach()}
+        logits = prototype_logits(features, head_of(HeadSpec(name), state, "here"))
+        torch.testing.assert_close(logits, vectors(head(features)).detach())
+    assert prototype_logits(features, None) is None, "a head without prototypes"
 
 
 def test_the_command_needs_no_labels_and_reads_the_head(synthetic: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights.save_backbone(tmp_path / "student", build_backbone(TINY), TINY, size=32, mean=(0.5,) * 3, std=(0.2,) * 3)
     head = DINOHead(16, hidden_dim=8, bottleneck_dim=4, num_prototypes=9, norm=True, train_gain=False)
-    weights.save_head(tmp_path / "student", head.state_dict(), "dino")
+    weights.save_head(tmp_path / "student", head.state_dict(), HeadSpec("dino"))
     assert trainer(["evaluate", str(tmp_path), "--protocol", "collapse", *data(synthetic)]) == 0
     (report,) = (tmp_path / "evals").glob("collapse*.json")
     results = json.loads(report.read_text())["results"]

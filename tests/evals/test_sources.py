@@ -9,6 +9,8 @@ import torch
 
 from trainer import weights
 from trainer.__main__ import main as trainer
+from trainer.evals import knn
+from trainer.evals.features import reader_of
 from trainer.evals.sources import open_source
 from trainer.models.backbones import Backbone, build_backbone
 from trainer.recipe import RecipeError
@@ -104,3 +106,37 @@ def test_results_on_one_data_set_do_not_replace_those_on_another(synthetic: Path
         assert trainer(["evaluate", str(folder), "--protocol", "knn", *images]) == 0
     reports = [json.loads(path.read_text()) for path in sorted((folder / "evals").glob("knn-*.json"))]
     assert [Path(each["data"]["train"]["path"]).name for each in reports] == ["train.beton", "val.beton"]
+
+
+def test_another_protocols_settings_do_not_start_a_stopped_training_anew(synthetic: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path, "student")
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def resumed(settings: dict[str, object], *overrides: str) -> int:
+        source = open_source(folder, "finetune", [*data(synthetic), *overrides])
+        kept = source.resumable("student", 0, settings)
+        step, _ = kept.restore(module, optimizer)
+        kept.save(7, [])
+        return step
+
+    assert resumed({"epochs": 9}) == 0, "there is nothing yet"
+    others = ("evals.knn.every_epochs=3", "evals.lowshot.splits=2", "evals.linear.epochs=3", "views.mean=[0.4,0.5,0.6]")
+    assert resumed({"epochs": 9}, *others) == 7
+    assert resumed({"epochs": 8}) == 0
+    assert resumed({"epochs": 8}, "views.mean=[0.1,0.5,0.6]") == 0, "other pixels make another training"
+
+
+def test_bfloat16_is_stated_and_changes_features_by_its_rounding(synthetic: Path, tmp_path: Path) -> None:
+    folder, settings, results = save(tmp_path, "student"), [], []
+    for precision in ((), ("evals.bf16=true",)):
+        source = open_source(folder, "knn", [*data(synthetic), *precision])
+        stated, _ = knn.run(source)
+        settings.append(stated)
+        reader = reader_of(source.recipe, torch.device("cpu"))
+        results.append(reader.features(source.networks, source.recipe.data.train)["student"].vectors)
+    assert "bf16" not in settings[0], "reports of before say as much"
+    assert settings[1] == settings[0] | {"bf16": True}
+    assert results[1].dtype == torch.float32
+    assert not torch.equal(*results)
+    assert torch.cosine_similarity(*results).min() > 0.999

@@ -1,11 +1,13 @@
 """iBOT: its patches' loss by the paper, masks that reach the student alone, centres, ranks and micro-batches."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.methods.vits import COUNTS, IBOT_CONFIG, IDS, LINEAR, ibot, progress, views, vit
 from tests.oracles import dino_by_the_paper, patch_loss_by_the_paper
@@ -16,6 +18,7 @@ from trainer.methods.losses import weighted_prediction
 from trainer.methods.masks import block_masks
 from trainer.methods.teacher import EMATeacher
 from trainer.models.backbones import Backbone, Branch, build_backbone
+from trainer.models.heads import DINOHead, PlainMLP
 from trainer.models.tokens import TokenBranch, tokens_of
 
 TOLERANCE = 2e-5
@@ -223,3 +226,34 @@ def test_a_plain_mlp_takes_class_tokens_and_patches_too() -> None:
 def test_the_first_feature_is_that_of_plain_timm() -> None:
     """What is evaluated and exported is the backbone, which knows nothing of masks."""
     assert list(ibot().student.backbone.state_dict()) == list(vit().state_dict())
+
+
+ROB: dict[str, Any] = {"centering": "none", "warmup_teacher_temp_epochs": 0, "pairing": "same_view"}
+
+
+def test_the_teachers_prototypes_score_the_students_embeddings_and_never_move() -> None:
+    method = ibot(**ROB, prototypes="teacher")
+    head = method.student.head
+    assert isinstance(head, DINOHead)
+    assert head.last_layer.weight_v.isnan().all(), "until the teacher's are there, nothing can be trained by mistake"
+    prototypes = 3 * torch.randn(12, 8, generator=torch.Generator().manual_seed(4))
+    method.adopt(prototypes)
+    rows = torch.randn(5, 24, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(head(rows), F.normalize(head.mlp(rows), dim=1) @ prototypes.T)
+    teacher = torch.randn(2 * 4, 17, 12, generator=torch.Generator().manual_seed(6))
+    method(views(), teacher, progress(), sample_ids=IDS).total.backward()
+    method.after_step(applied=True)
+    assert all(p.grad is None for p in head.last_layer.parameters())
+    assert all(p.grad is not None for p in head.mlp.parameters())
+    assert method.frozen_parameters() == []
+    for wrong, came in ((torch.zeros(12, 5), r"\(12, 5\)"), (None, "in a plain MLP")):
+        with pytest.raises(ValueError, match=rf"wanted \(12, 8\) of .* the teacher's are {came}"):
+            method.adopt(wrong)
+
+
+@pytest.mark.parametrize(("teacher", "head"), [("ema", None), ("frozen", LINEAR)])
+def test_only_a_frozen_teacher_lends_its_prototypes_and_only_to_a_head_that_meets_some(
+    teacher: str, head: PlainMLP | None
+) -> None:
+    config = replace(IBOT_CONFIG, **ROB, prototypes="teacher", mlp_head=head)
+    assert "prototypes: teacher needs a frozen one" in str(config.check(COUNTS, teacher=teacher, global_batch=4))

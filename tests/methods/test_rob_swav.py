@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.methods.test_rob import BATCH, SWAV_CONFIG, WEIGHTS, K, balanced, logits_of, scores, swav
 from tests.methods.test_swav import unit
@@ -57,6 +58,17 @@ def test_two_ranks_assign_as_one() -> None:
     assert queue == same == pytest.approx(expected, abs=1e-7)
     both = torch.cat([torch.tensor(part).view(2, 4, K) for part in (first, second)], 1)
     assert torch.allclose(both, torch.tensor(codes).view(2, 8, K), atol=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_a_hard_code_is_the_strongest_prototype_of_the_soft_one(iterations: int) -> None:
+    hard = swav(prototypes="none", mlp_head=LINEAR, sinkhorn_iterations=iterations, hard_codes=True)
+    soft = swav(prototypes="none", mlp_head=LINEAR, sinkhorn_iterations=iterations)
+    wanted = F.one_hot(soft._codes(scores()).argmax(-1), K).float()
+    assert torch.equal(hard._codes(scores()), wanted)
+    loss = hard(views(), scores().flatten(0, 1), progress())
+    assert loss.total.item() == pytest.approx(rob_by_the_paper(logits_of(hard), wanted, 0.1, "same_view"), rel=2e-5)
+    assert loss.parts["code_entropy"] == 0
 
 
 # --- SwAV's prototypes: own, the teacher's, none ---

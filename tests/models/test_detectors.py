@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from trainer.models.detectors import MOBILENET, RESNET, DetectionObjective, Stages, build_detector
-from trainer.models.rcnn import Anchors, Heads, ProposalNetwork, Resize, RoIPool, box_losses, mask_loss
+from trainer.models.rcnn import Anchors, Heads, ProposalNetwork, Resize, RoIPool, Sampler, box_losses, mask_loss
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 TINY_RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8, "zero_init_last": False}
@@ -183,6 +183,7 @@ def test_box_losses_are_cross_entropy_and_l1_over_all_regions() -> None:
 def test_proposal_losses_are_divided_by_the_number_of_anchors_to_be_sampled() -> None:
     built: Any = tiny()
     network: ProposalNetwork = built.rpn
+    network.fg_bg_sampler.keys = [None, None]
     objectness, deltas, wanted = random(8, 1), random(8, 4, seed=1), random(8, 4, seed=2)
     labels = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 1.0, -1.0, 0.0])  # fewer than 256, so that all are sampled
     entropy, distance = network.compute_loss(objectness, deltas, [labels[:4], labels[4:]], [wanted[:4], wanted[4:]])
@@ -254,3 +255,28 @@ def test_every_loss_teaches_and_detections_lie_in_the_image() -> None:
     assert len(found["boxes"]) == 100
     assert (found["boxes"] >= 0).all()
     assert (found["boxes"] <= torch.tensor([60.0, 48.0, 60.0, 48.0]) + 1e-3).all()
+
+
+def test_what_is_drawn_for_an_image_is_its_keys_and_nobody_elses() -> None:
+    """Sampled anchors and regions, and the size: beside other images, in another order, after other draws."""
+    labels = [(random(400, seed=seed) > 0.7).float() for seed in range(3)]
+    keys = [torch.tensor([key]) for key in (5, 6, 7)]
+    model = tiny()
+    for sampler in (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler):
+
+        def sampled(order: list[int], sampler: Sampler = sampler) -> dict[int, Tensor]:
+            sampler.keys = [keys[i] for i in order]
+            on_object, beside = sampler([labels[i] for i in order])
+            return {i: torch.stack([on_object[row], beside[row]]) for row, i in enumerate(order)}
+
+        state = torch.get_rng_state()
+        together, alone = sampled([0, 1, 2]), sampled([2]) | sampled([1, 0])
+        assert all(torch.equal(together[i], alone[i]) for i in range(3))
+        assert torch.equal(torch.get_rng_state(), state), "other generators stay where they are"
+        sampler.keys = [torch.tensor([8])]
+        assert not torch.equal(sampler([labels[0]])[1][0], together[0][1])
+    resize = Resize(tuple(range(40, 72)), 64, 96, mean=MEAN, std=STD)
+    image = random(3, 50, 60)
+    sizes = [resize.resize(image, {"boxes": torch.zeros(1, 4), "key": key})[0].shape for key in (*keys, *keys)]
+    assert sizes[:3] == sizes[3:]
+    assert len(set(sizes)) > 1

@@ -29,17 +29,14 @@ VIT = (
     "backbone.name=vit_tiny_patch16_224", "backbone.sync_batchnorm=false",
     "backbone.args={img_size: 32, patch_size: 8, dynamic_img_size: true, embed_dim: 64, depth: 2, num_heads: 2}",
 )  # fmt: skip
-IBOT = (
-    *TINY,
-    *VIT,
+OF_IBOT = (
     "method={name: ibot, hidden_dim: 32, bottleneck_dim: 16, num_prototypes: 24, head_norm: false, "
-    "warmup_teacher_temp_epochs: 1, global_weight: 0.4, local_weight: 0.6}",
+    "warmup_teacher_temp_epochs: 1, global_weight: 0.4, local_weight: 0.6}"
 )
-MSN = (
-    *TINY,
-    *VIT,
-    "method={name: msn, hidden_dim: 32, out_dim: 16, num_prototypes: 24, global_weight: 0.4, local_weight: 0.6}",
-)
+OF_MSN = "method={name: msn, hidden_dim: 32, out_dim: 16, num_prototypes: 24, global_weight: 0.4, local_weight: 0.6}"
+IBOT, MSN = (*TINY, *VIT, OF_IBOT), (*TINY, *VIT, OF_MSN)
+IBOT_CNN = (*TINY, OF_IBOT, "method.patch_weight=0", "method.mask=none", "method.head_norm=true")
+MSN_CNN = (*TINY, OF_MSN, "method.patch_drop=0")
 WHITENED = ("views.mean=[0.5, 0.4, 0.3]", "views.std=[0.2, 0.3, 0.1]")
 
 

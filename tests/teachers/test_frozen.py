@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from tests.launch import DEMO, losses
 from tests.spawn import run_ranks
-from tests.teachers.runs import DINO, IBOT, MSN, SWAV, WHITENED, recipe_of, write_run
+from tests.teachers.runs import DINO, IBOT, MSN, MSN_CNN, SWAV, WHITENED, recipe_of, write_run
 from trainer import weights
-from trainer.assemble import build_method
+from trainer.assemble import build_method, check_teacher
 from trainer.methods.frozen import FrozenTeacher
 from trainer.methods.teacher import EMATeacher
 from trainer.recipe import RecipeError
@@ -20,6 +20,8 @@ from trainer.scaling_table import step_of
 from trainer.teachers.build import build_frozen
 from trainer.weights import WeightsError
 
+SWAV_OF_TEACHER = (*SWAV, "method.codes=teacher", "method.prototypes=teacher")
+ROB_MSN = ("method.targets=global_views", "method.sinkhorn_iterations=0", "method.me_max_weight=0")
 Trained = tuple[Path, dict[str, object]]
 
 
@@ -69,6 +71,33 @@ def test_an_msn_run_gives_the_cosines_with_its_prototypes(tmp_path: Path) -> Non
     for name in ("run:{}", "file:{}/weights/teacher"):
         ours = build_frozen(recipe_of(*DINO, frozen(name.format(tmp_path / "run"))))
         torch.testing.assert_close(ours(views()), cosines, rtol=1e-4, atol=1e-5)
+
+
+PLAIN = "method.mlp_head={hidden_dim: 20, num_layers: 3, norm: true, activation: relu}"
+
+
+@pytest.mark.parametrize("source", ["run:{}", "file:{}/weights/teacher"])
+def test_a_run_with_a_plain_mlp_gives_back_the_logits_of_its_own_teacher(source: str, tmp_path: Path) -> None:
+    _, teacher = write_run(tmp_path / "run", *DINO, PLAIN)
+    assert teacher is not None
+    ours = build_frozen(recipe_of(*DINO, frozen(source.format(tmp_path / "run"))))
+    torch.testing.assert_close(ours(views()), teacher(views()), rtol=1e-5, atol=1e-6)
+    swav = recipe_of(*SWAV_OF_TEACHER, frozen(source.format(tmp_path / "run")))
+    with pytest.raises(RecipeError, match=r"plain MLP without any; set method\.prototypes=own"):
+        check_teacher(swav)
+
+
+def test_the_students_of_rob_teach_in_their_turn(dino_run: Path, tmp_path: Path) -> None:
+    """A plain MLP says MSN's logits; under SwAV its embedding meets prototypes at the length that it has."""
+    under = frozen(f"run:{dino_run}")
+    plain = PLAIN.replace("relu", "none").replace("norm: true", "norm: false")
+    msn, _ = write_run(tmp_path / "msn", *MSN_CNN, *ROB_MSN, plain, under)
+    ours = build_frozen(recipe_of(*DINO, frozen(f"run:{tmp_path / 'msn'}")))
+    torch.testing.assert_close(ours(views()), msn.student(views()), rtol=1e-5, atol=1e-6)
+    swav, _ = write_run(tmp_path / "swav", *SWAV, "method.codes=teacher", plain, under)
+    ours = build_frozen(recipe_of(*DINO, frozen(f"run:{tmp_path / 'swav'}")))
+    scores = swav.get_submodule("prototypes")(swav.student(views()))
+    torch.testing.assert_close(ours(views()), scores, rtol=1e-5, atol=1e-6)
 
 
 def test_patches_of_a_network_without_any_are_refused(dino_run: Path) -> None:
@@ -183,8 +212,10 @@ def train_under_a_frozen_teacher(data: Path, source: Path, out: Path) -> dict[st
     config = load_ds_config(None, recipe.optim, micro_batch=8)
     device = distributed.local_device()
     folder = run_dir.claim(recipe, DEMO, config)
-    run = loop.assemble(recipe, config, device, None)
+    checked = check_teacher(recipe)
+    run = loop.assemble(recipe, config, device, None, checked)
     assert isinstance(run.teacher, FrozenTeacher)
+    assert run.teacher is checked, "its file is read once"
     before = {name: value.clone() for name, value in run.teacher.state_dict().items()}
     with loop.stop_requests() as request:
         loop.train(recipe, run, folder, torch.autocast("cpu", enabled=False), request)

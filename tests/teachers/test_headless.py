@@ -72,6 +72,15 @@ def test_a_method_of_features_passes_over_a_head(tmp_path: Path) -> None:
     assert teacher(views()).shape == (6, 32)
 
 
+def test_a_run_whose_head_gives_no_scores_teaches_features_alone(tmp_path: Path) -> None:
+    vicreg = ("method={name: vicreg, hidden_dim: 32, out_dim: 16}", "views.local_views.count=0")
+    write_run(tmp_path / "run", *TINY, *vicreg, "teacher={kind: none}")
+    source = frozen(f"run:{tmp_path / 'run'}")
+    assert build_frozen(recipe_of(*REGRESSION, source))(views()).shape == (6, 32)
+    with pytest.raises(RecipeError, match=r"without a head: vicreg's gives no scores"):
+        build_frozen(recipe_of(*DINO, source))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -45,17 +45,19 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
             "SimCLR's 1percent.txt"
         )
     reader = reader_of(recipe, distributed.local_device())
-    num_classes = count_classes(recipe.data)
+    num_classes, stated = count_classes(recipe.data), dataclasses.asdict(settings) | reader.stated()
     for name, network in source.networks.items():
         folder = source.folders.get(name)
         projection = weights.load_head(folder) if folder and settings.head == "projection" else {}
         scores = []
         for seed in range(recipe.seed, recipe.seed + settings.repeats):
-            classifier = build_classifier(copy.deepcopy(network), settings, num_classes, projection, seed=seed)
+            classifier = build_classifier(
+                copy.deepcopy(network), settings, num_classes, projection, seed=seed, bf16=reader.bf16
+            )
             training = Training(recipe.data, settings, reader, seed, f"{protocol} of {name}")
-            scores.append(training.run(classifier, source.resumable(name, seed)))
+            scores.append(training.run(classifier, source.resumable(name, seed, stated)))
         results[name] = mean_and_spread(scores)
-    return dataclasses.asdict(settings) | {"size": reader.size, "resize": reader.resize}, results
+    return stated, results
 
 
 def mean_and_spread(scores: list[dict[str, float]]) -> dict[str, float]:

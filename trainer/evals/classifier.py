@@ -31,11 +31,14 @@ class ClassTokens(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network and a head on its features; the loss is its output, which is what an engine wraps."""
+    """A network and a head on its features; the loss is its output, which is what an engine wraps.
 
-    def __init__(self, network: nn.Module, head: nn.Module, *, trains_network: bool) -> None:
+    bf16: both run under bfloat16 autocast, in here: DeepSpeed switches off what is set outside of its engine
+    """
+
+    def __init__(self, network: nn.Module, head: nn.Module, *, trains_network: bool, bf16: bool = False) -> None:
         super().__init__()
-        self.network, self.head, self.trains_network = network, head, trains_network
+        self.network, self.head, self.trains_network, self.bf16 = network, head, trains_network, bf16
         network.requires_grad_(trains_network)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -45,11 +48,12 @@ class Classifier(nn.Module):
         return self
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C)."""
-        with torch.set_grad_enabled(self.trains_network and torch.is_grad_enabled()):
-            features = self.network(images)
-        logits: Tensor = self.head(features)
-        return logits
+        """(B, 3, S, S) -> (B, C) in fp32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.set_grad_enabled(self.trains_network and torch.is_grad_enabled()):
+                features = self.network(images)
+            logits: Tensor = self.head(features)
+        return logits.float()
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy."""
@@ -57,7 +61,13 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    network: nn.Module, settings: Classification, num_classes: int, projection: Mapping[str, Tensor], *, seed: int
+    network: nn.Module,
+    settings: Classification,
+    num_classes: int,
+    projection: Mapping[str, Tensor],
+    *,
+    seed: int,
+    bf16: bool = False,
 ) -> Classifier:
     """The network with a fresh head, the same on every rank.
 
@@ -75,7 +85,7 @@ def build_classifier(
             head = nn.Sequential(nn.BatchNorm1d(width), _linear(width, num_classes))
         case "linear":
             head = _linear(width, num_classes)
-    return Classifier(network, head, trains_network=settings.trains == "all")
+    return Classifier(network, head, trains_network=settings.trains == "all", bf16=bf16)
 
 
 def _linear(width: int, num_classes: int) -> nn.Linear:

@@ -1,6 +1,7 @@
 """Whether features have collapsed: how many directions they use, how far apart they lie, which prototypes they meet."""
 
-from collections.abc import Mapping
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from trainer import distributed, weights
 from trainer.data.views import View
 from trainer.evals.features import Features, reader_of
 from trainer.evals.sources import Results, Source
-from trainer.models import heads
+from trainer.models.heads import FrozenHead
 from trainer.recipe import RecipeError
+from trainer.teachers.heads import HAVE_PROTOTYPES, head_of
+
+log = logging.getLogger(__name__)
 
 PAIR: dict[str, Any] = {"scale": (0.2, 1.0), "jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": 0.0}
 """Two such crops of an image, flipped every second time, are a positive pair; the same for every method."""
@@ -31,16 +35,16 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
     first, second = (reader.features(networks, recipe.data.val, view=crop, seed=recipe.seed + i) for i in range(2))
     results: Results = {}
     for name in networks:
-        head = weights.load_head(source.folders[name]) if name in source.folders else {}
+        head = _head_of(source.folders[name]) if name in source.folders else None
         results[name] = measures(centres[name], first[name].vectors, second[name].vectors, head)
-    return {"size": reader.size, "resize": reader.resize, "scale": PAIR["scale"], "t": UNIFORMITY_T}, results
+    return reader.stated() | {"scale": PAIR["scale"], "t": UNIFORMITY_T}, results
 
 
-def measures(centres: Features, first: Tensor, second: Tensor, head: Mapping[str, Tensor]) -> dict[str, float]:
+def measures(centres: Features, first: Tensor, second: Tensor, head: FrozenHead | None) -> dict[str, float]:
     """All measures of one network.
 
     first, second: (N, D) features of two random crops of each image
-    head: tensors of the projection head, for the use of prototypes
+    head: the projection head, for the use of prototypes
     """
     vectors = centres.vectors
     result = {"rank_me": rank_me(vectors), "feature_std": feature_std(vectors)}
@@ -71,18 +75,21 @@ def uniformity(features: Tensor) -> float:
     return float(torch.pdist(unit).square().mul(-UNIFORMITY_T).exp().mean().log())
 
 
-def prototype_logits(vectors: Tensor, head: Mapping[str, Tensor]) -> Tensor | None:
-    """(N, D) features -> (N, K) cosines with DINO's or SwAV's prototypes; None for a head without any."""
-    if "last_layer.weight_v" not in head and "prototypes.weight" not in head:
+def _head_of(folder: Path) -> FrozenHead | None:
+    """The projection head beside the weights, if there is one that meets prototypes."""
+    state, spec = weights.load_head(folder), weights.spec_of_head(folder)
+    if state and spec is None:
+        log.warning("%s: the head does not say which method it is of, so the use of prototypes is left out", folder)
+    return head_of(spec, state, str(folder)) if spec is not None and spec.method in HAVE_PROTOTYPES else None
+
+
+@torch.no_grad()
+def prototype_logits(vectors: Tensor, head: FrozenHead | None) -> Tensor | None:
+    """(N, D) features -> (N, K) scores with the head's prototypes; None for a head without any."""
+    if head is None or head.prototypes is None:
         return None
-    is_dino = "last_layer.weight_v" in head
-    layers = {key.removeprefix("mlp."): value.to(vectors.device) for key, value in head.items() if "mlp." in key}
-    sizes = [vectors.shape[1], *(len(value) for key, value in layers.items() if value.ndim == 2)]
-    norm = any(key.endswith("running_mean") for key in layers)
-    mlp = heads.mlp(sizes, activation=torch.nn.GELU if is_dino else torch.nn.ReLU, norm=norm).to(vectors.device)
-    mlp.load_state_dict(layers)
-    prototypes = head["last_layer.weight_v" if is_dino else "prototypes.weight"].to(vectors.device)
-    return F.normalize(mlp.eval()(vectors), dim=1) @ F.normalize(prototypes, dim=1).T
+    scores: Tensor = head.to(vectors.device).eval()(vectors)
+    return scores
 
 
 def prototype_use(logits: Tensor) -> dict[str, float]:

@@ -24,6 +24,7 @@ from trainer.generators import seed_everything
 from trainer.guards import TrainingError
 from trainer.models.backbones import synchronise_batchnorm
 from trainer.models.detectors import DetectionObjective, build_detector
+from trainer.models.rcnn import KEY
 from trainer.protocols import Detection
 from trainer.recipe import RecipeError
 
@@ -54,19 +55,29 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     """A detector, or for `segmentation` one with masks, on every network of the source; seeds are the recipe's."""
     recipe, settings = source.recipe, source.recipe.evals.detection
     data = open_coco(recipe.data.train, recipe.data.val, masks=protocol == "segmentation")
-    views, seed = recipe.views, recipe.seed
+    views, seed, bf16 = recipe.views, recipe.seed, recipe.evals.bf16
+    stated = {key: value for key, value in dataclasses.asdict(settings).items() if key not in OF_THE_MACHINE}
+    stated |= {"bf16": True} if bf16 else {}
     results = {
         name: detection_accuracy(
-            copy.deepcopy(network), data, settings, seed=seed, mean=views.mean, std=views.std,
-            kept=source.resumable(name, seed),
+            copy.deepcopy(network), data, settings, seed=seed, mean=views.mean, std=views.std, bf16=bf16,
+            kept=source.resumable(name, seed, stated),
         )
         for name, network in source.networks.items()
     }  # fmt: skip
-    return {key: value for key, value in dataclasses.asdict(settings).items() if key not in OF_THE_MACHINE}, results
+    return stated, results
 
 
 def detection_accuracy(
-    network: nn.Module, data: CocoData, settings: Detection, *, seed: int, mean: Any, std: Any, kept: Resumable
+    network: nn.Module,
+    data: CocoData,
+    settings: Detection,
+    *,
+    seed: int,
+    mean: Any,
+    std: Any,
+    bf16: bool,
+    kept: Resumable,
 ) -> dict[str, float]:
     """Train a detector on the network, from its weights, and measure it."""
     device = distributed.local_device()
@@ -82,6 +93,7 @@ def detection_accuracy(
             regions=settings.regions,
             mean=mean,
             std=std,
+            bf16=bf16,
         )
     except ValueError as error:
         raise RecipeError(f"detection: {error}") from error
@@ -112,7 +124,8 @@ def train(
 ) -> None:
     """SGD over the whole detector, its BatchNorm included.
 
-    A step's draws depend on the seed, the step and the rank alone, so that a training that was stopped goes on equally.
+    A step's draws depend on the seed and the step, and on the image, or (dropped paths) on the rank, so that a training
+    that was stopped goes on equally.
 
     raises: RecipeError if a batch does not divide over the ranks, or holds more than the data; TrainingError if a loss
         is not finite
@@ -134,7 +147,8 @@ def train(
         seed_everything(seed, distributed.rank(), step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        loss, parts = engine([image.to(device) for image in images], [_to(target, device) for target in targets])
+        keyed = [_to(target, device) | {KEY: _key(seed, step, target)} for target in targets]
+        loss, parts = engine([image.to(device) for image in images], keyed)
         engine.backward(loss)
         engine.step()
         said = _said(loss, parts, step)
@@ -225,6 +239,12 @@ def evaluate(
 def _together(batch: list[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
+
+
+def _key(seed: int, step: int, target: dict[str, Tensor]) -> Tensor:
+    """What an image's draws at a step depend on; it stays on the host, which draws."""
+    words = np.random.SeedSequence([seed, step, int(target["image_id"])]).generate_state(1)
+    return torch.from_numpy(words.astype(np.int64))
 
 
 def _to(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

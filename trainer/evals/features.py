@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,12 @@ class ImageReader:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device: torch.device
+    bf16: bool = False
+    """Whether networks run under bfloat16 autocast."""
+
+    def stated(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"size": self.size, "resize": self.resize} | ({"bf16": True} if self.bf16 else {})
 
     @torch.no_grad()
     def features(
@@ -75,8 +82,9 @@ class ImageReader:
             network.eval()
         for batch in loader.epoch(0):
             images = to_float(batch.views[0], self.device, self.mean, self.std)
-            for name, network in networks.items():
-                rows[name].append(network(images).float())
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                for name, network in networks.items():
+                    rows[name].append(network(images).float())
             labels.append(batch.labels.clone())
             sample_ids.append(batch.sample_ids.clone())
         loader.close()
@@ -107,4 +115,5 @@ def reader_of(recipe: Recipe | Evaluation, device: torch.device) -> ImageReader:
         mean=recipe.views.mean,
         std=recipe.views.std,
         device=device,
+        bf16=recipe.evals.bf16,
     )

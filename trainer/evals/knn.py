@@ -87,7 +87,7 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
     """k-NN of every network of the source, and its settings."""
     recipe = source.recipe
     reader = reader_of(recipe, distributed.local_device())
-    settings = {key: getattr(recipe.evals.knn, key) for key in ("k", "temperature", "size", "resize")}
+    settings = {key: getattr(recipe.evals.knn, key) for key in ("k", "temperature")} | reader.stated()
     return settings, evaluate(source.on(reader.device), recipe.data, recipe.evals.knn, reader)
 
 

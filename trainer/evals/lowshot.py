@@ -23,7 +23,7 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
     reader = reader_of(recipe, distributed.local_device())
     train, val = labelled_features(source.on(reader.device), recipe.data, reader)
     results = {name: lowshot_accuracy(train[name], val[name], settings, seed=recipe.seed) for name in source.networks}
-    return dataclasses.asdict(settings) | {"size": reader.size, "resize": reader.resize}, results
+    return dataclasses.asdict(settings) | reader.stated(), results
 
 
 def lowshot_accuracy(train: Features, val: Features, settings: LowShot, *, seed: int) -> dict[str, float]:

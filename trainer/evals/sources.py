@@ -59,10 +59,14 @@ class Source:
         plain = self.recipe.plain()["data"]
         return {name: _data_id(Path(plain[name])) for name in ("train", "val", "subset") if plain.get(name)}
 
-    def resumable(self, name: str, seed: int) -> Resumable:
-        """Where a training of the protocol on one of the networks lives until the report is written."""
-        plain = self.recipe.plain()
-        parts = [self.report.stem, plain["evals"], plain["views"], self.data(), self.origins[name], seed]
+    def resumable(self, name: str, seed: int, settings: dict[str, Any]) -> Resumable:
+        """Where a training of the protocol on one of the networks lives until the report is written.
+
+        settings: what the report will state of the protocol; those of others make no other training
+        """
+        views = self.recipe.views
+        colours = [list(views.mean), list(views.std)]
+        parts = [self.report.stem, settings, colours, self.data(), self.origins[name], seed]
         path = self.report.with_name(f".{self.report.stem}-{name}-{seed}.pt")
         return Resumable(path, json.dumps(parts, sort_keys=True))
 

@@ -90,8 +90,8 @@ class DINOConfig(DINOSettings):
 
     name: Literal["dino"]
     wants_tokens: ClassVar[bool] = False
-    takes_gates: ClassVar[bool] = True
     """Whether the teacher shall return its patch tokens beside the class token."""
+    takes_gates: ClassVar[bool] = True
 
     def check(self, counts: ViewCounts, *, teacher: str, global_batch: int) -> str | None:
         """What is wrong with DINO in this recipe, or None."""

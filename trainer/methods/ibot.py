@@ -16,6 +16,7 @@ from trainer.methods.losses import dino_targets, weighted_prediction
 from trainer.methods.masks import block_masks, on_device
 from trainer.methods.passes import Passed
 from trainer.models.backbones import Branch, num_features
+from trainer.models.heads import DINOHead, WeightNormLinear
 from trainer.models.tokens import TokenBranch, grid_of, pooled, tokens_of
 from trainer.schedules import Progress, ramp
 
@@ -37,6 +38,8 @@ class IBOTConfig(DINOSettings):
     """How many of the global views have a mask."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Least and largest share of the patches in it."""
+    prototypes: Literal["own", "teacher"] = "own"
+    """What the student's embeddings are scored against; teacher: a frozen teacher's, which never move."""
 
     def __post_init__(self) -> None:
         DINOSettings.__post_init__(self)
@@ -59,6 +62,8 @@ class IBOTConfig(DINOSettings):
         """What is wrong with iBOT in this recipe, or None."""
         if self.wants_tokens and self.head_norm and self.mlp_head is None:
             return "BatchNorm would mix class tokens and patches, of which there are more; set head_norm=false"
+        if self.prototypes == "teacher" and (teacher != "frozen" or self.mlp_head is not None):
+            return "prototypes: teacher needs a frozen one, and a head that meets some; set prototypes=own, or both"
         if not self.wants_tokens and self.mask == "ibot":
             return "patch_weight 0 gives masks nothing to predict; set mask=none, or a patch_weight above 0"
         return self.fault("iBOT", counts, teacher)
@@ -100,6 +105,31 @@ class IBOT(DINO):
             self._teacher_patches = PendingMean()
         if config.mask == "ibot":
             self.mask_token = nn.Parameter(torch.zeros(num_features(student.backbone)))
+        if config.prototypes == "teacher":
+            self._last_layer().requires_grad_(False).weight_v.fill_(torch.nan)  # until `adopt` brings the teacher's
+
+    def _last_layer(self) -> WeightNormLinear:
+        assert isinstance(self.student.head, DINOHead)
+        return self.student.head.last_layer
+
+    @torch.no_grad()
+    def adopt(self, prototypes: Tensor | None) -> None:
+        """Score embeddings against a frozen teacher's (K, D) prototypes, if the recipe says so.
+
+        source: RoB as released, which copies them into the student's head after every update
+        """
+        if self.config.prototypes != "teacher":
+            return
+        last_layer = self._last_layer()
+        wanted = tuple(last_layer.weight_v.shape)
+        if prototypes is None or tuple(prototypes.shape) != wanted:
+            came = "in a plain MLP without any" if prototypes is None else tuple(prototypes.shape)
+            raise ValueError(
+                f"method.prototypes teacher: wanted {wanted} of num_prototypes x bottleneck_dim, and the teacher's are "
+                f"{came}; set method.num_prototypes and method.bottleneck_dim to these, or method.prototypes=own"
+            )
+        last_layer.weight_g.copy_(prototypes.norm(dim=1, keepdim=True))
+        last_layer.weight_v.copy_(prototypes)
 
     def teacher_patch_temp(self, progress: Progress) -> float:
         """The teacher's temperature for patches, which warms up as long as that for class tokens."""

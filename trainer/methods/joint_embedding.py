@@ -70,8 +70,12 @@ class Method(nn.Module, ABC):
         """Let a linear classifier train beside the student, on features that it cannot change."""
         self.probe = LinearProbe(num_features(self.student.backbone), num_classes)
 
-    def adopt(self, prototypes: Tensor) -> None:
-        """Take note of a frozen teacher's (K, D) prototypes; most methods have no use for them."""
+    def adopt(self, prototypes: Tensor | None) -> None:
+        """Take note of a frozen teacher's (K, D) prototypes; most methods have no use for them.
+
+        prototypes: None for a teacher whose scores are no mere product with some
+        raises: ValueError if the method scores with them, and cannot with these
+        """
 
     def student_views(self, views: list[Tensor]) -> list[Tensor]:
         """The views that the student sees: one (V_i * B, 3, S_i, S_i) tensor per size, view-major, globals first."""

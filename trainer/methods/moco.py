@@ -21,8 +21,8 @@ class MoCoConfig:
 
     name: Literal["moco"]
     wants_tokens: ClassVar[bool] = False
-    takes_gates: ClassVar[bool] = True
     """Whether the teacher shall return its patch tokens beside the class token."""
+    takes_gates: ClassVar[bool] = True
     hidden_dim: int = 2048
     out_dim: int = 128
     queue_size: int

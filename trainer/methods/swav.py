@@ -31,8 +31,8 @@ class SwAVConfig:
 
     name: Literal["swav"]
     wants_tokens: ClassVar[bool] = False
-    takes_gates: ClassVar[bool] = True
     """Whether the teacher shall return its patch tokens beside the class token."""
+    takes_gates: ClassVar[bool] = True
     hidden_dim: int = 4096
     out_dim: int = 128
     num_prototypes: int
@@ -51,6 +51,8 @@ class SwAVConfig:
     """Entropy of the assignment: the smaller, the harder the codes."""
     sinkhorn_iterations: int = 3
     """0 for softmax(scores / epsilon), which balances nothing."""
+    hard_codes: bool = False
+    """A view's code is its strongest prototype alone, after the balancing."""
     queue_size: int
     """Embeddings (with codes: teacher, scores) kept for the assignment, over all ranks, for each view that gets codes;
     0 for none."""
@@ -150,12 +152,16 @@ class SwAV(Method):
         self._new_rows: list[Tensor] = []
 
     @torch.no_grad()
-    def adopt(self, prototypes: Tensor) -> None:
+    def adopt(self, prototypes: Tensor | None) -> None:
         """Score embeddings against a frozen teacher's (K, D) prototypes, if the recipe says so."""
         if self.config.prototypes != "teacher":
             return
         assert self.prototypes is not None
         weight = self.prototypes.weight
+        if prototypes is None:
+            raise ValueError(
+                "method.prototypes teacher: the teacher's head is a plain MLP without any; set method.prototypes=own"
+            )
         if prototypes.shape != weight.shape:
             raise ValueError(
                 f"method.prototypes teacher: wanted {tuple(weight.shape)} of num_prototypes x out_dim, and the "
@@ -194,7 +200,14 @@ class SwAV(Method):
 
     @torch.no_grad()
     def _codes(self, scores: Tensor) -> Tensor:
-        """(T, B, K) scores -> codes, balanced together with the queue once that is full."""
+        """(T, B, K) scores -> codes, each row summing to 1."""
+        codes = self._soft_codes(scores)
+        if not self.config.hard_codes:
+            return codes
+        return torch.zeros_like(codes).scatter_(-1, codes.argmax(-1, keepdim=True), 1.0)
+
+    def _soft_codes(self, scores: Tensor) -> Tensor:
+        """Codes that are balanced together with the queue once that is full."""
         batch, scores = scores.shape[1], scores.float()
         if self.config.sinkhorn_iterations == 0:
             return F.softmax(scores / self.config.epsilon, dim=-1)

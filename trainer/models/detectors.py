@@ -46,19 +46,21 @@ def build_detector(
     regions: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
+    bf16: bool = False,
 ) -> GeneralizedRCNN:
     """The detector around a network, which keeps its weights; nothing is frozen.
 
     num_classes: without the background
     train_sizes, test_size, max_size: pixels of the shorter side, one drawn an image; of the longer side at most
     regions: of an image that the box head trains on
+    bf16: the network and its pyramid run under bfloat16 autocast; boxes need more digits
     raises: ValueError for a network without maps at strides 4 to 32 (MobileNets and EfficientNets: 16 and 32)
     """
     stages = Stages(network)
     pyramid = MOBILENET if hasattr(network, "conv_head") else RESNET
     stages.take(pyramid.strides)
     return GeneralizedRCNN(
-        PyramidBackbone(stages),
+        PyramidBackbone(stages, bf16=bf16),
         _proposals(pyramid),
         _heads(pyramid, num_classes + 1, regions=regions, masks=masks),
         Resize(train_sizes, test_size, max_size, mean=mean, std=std),
@@ -152,17 +154,18 @@ class Stages(nn.Module):
 class PyramidBackbone(nn.Module):
     """Stages and a feature pyramid, as torchvision's detectors take them; no norm in the pyramid."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Stages, *, bf16: bool = False) -> None:
         super().__init__()
-        self.stages = stages
+        self.stages, self.bf16 = stages, bf16
         self.fpn = FeaturePyramidNetwork(stages.channels, PYRAMID_CHANNELS, extra_blocks=LastLevelMaxPool())
         self.out_channels = PYRAMID_CHANNELS
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> a (B, 256, h, w) map a level, by name."""
-        named = OrderedDict((str(index), each) for index, each in enumerate(self.stages(images)))
-        pyramid: dict[str, Tensor] = self.fpn(named)
-        return pyramid
+        """(B, 3, H, W) -> a (B, 256, h, w) map a level, by name, in fp32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            named = OrderedDict((str(index), each) for index, each in enumerate(self.stages(images)))
+            pyramid: dict[str, Tensor] = self.fpn(named)
+        return {name: level.float() for name, level in pyramid.items()}
 
 
 class DetectionObjective(nn.Module):

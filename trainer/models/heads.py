@@ -210,15 +210,25 @@ class FrozenHead(nn.Module):
 
     mlp: None for a teacher without a head, whose features are its embeddings; nn.Identity() makes them unit vectors
     prototypes: (K, D), of whatever length they came with; None where a method compares the embeddings themselves
+    bias: (K,), of a plain MLP's last layer, whose weights are then the prototypes
+    unit_length: False for a plain MLP in the place of the method's own head
     """
 
     prototypes: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, mlp: nn.Module | None, prototypes: Tensor | None) -> None:
+    def __init__(
+        self,
+        mlp: nn.Module | None,
+        prototypes: Tensor | None,
+        *,
+        bias: Tensor | None = None,
+        unit_length: bool = True,
+    ) -> None:
         super().__init__()
-        self.mlp = mlp
-        fixed = None if prototypes is None else nn.Parameter(prototypes, requires_grad=False)
-        self.register_parameter("prototypes", fixed)
+        self.mlp, self.unit_length = mlp, unit_length
+        for name, value in (("prototypes", prototypes), ("bias", bias)):
+            self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
 
     def width(self, num_features: int) -> int:
         """K, or D where there are no prototypes, for so many features."""
@@ -232,14 +242,14 @@ class FrozenHead(nn.Module):
         if self.mlp is None:
             return features.float()
         rows = self.mlp(features.flatten(0, -2)).float()
-        return F.normalize(rows, dim=-1).view(*features.shape[:-1], -1)
+        return (F.normalize(rows, dim=-1) if self.unit_length else rows).view(*features.shape[:-1], -1)
 
     def score(self, embeddings: Tensor) -> Tensor:
         """(..., D) -> (..., K) in full precision: a temperature of 0.025 follows."""
         if self.prototypes is None:
             return embeddings
         with torch.autocast(embeddings.device.type, enabled=False):
-            return F.linear(embeddings.float(), self.prototypes)
+            return F.linear(embeddings.float(), self.prototypes, self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., K)."""

@@ -5,10 +5,14 @@ takes a smooth L1 for the boxes, and starts its heads otherwise.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
@@ -19,6 +23,43 @@ RATIOS = (0.5, 1.0, 2.0)
 """Height / width of anchors."""
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 """A box of this size, in pixels, is looked at on the level of stride 2^4. source: FPN, arXiv 1612.03144, equation 1"""
+
+
+KEY = "key"
+"""Of a target: an image's number at this step, which alone decides what is drawn for it, whatever its neighbours and
+however many ranks there are. Without one, torch's own generator decides."""
+OF_SIZE, OF_ANCHORS, OF_REGIONS = 0, 1, 2
+"""Kinds of draws."""
+
+
+@contextmanager
+def drawn_by(key: Tensor | None, kind: int, device: torch.device) -> Iterator[None]:
+    """What is drawn meanwhile is a function of key and kind; torch's generators stay where they are."""
+    if key is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(4 * int(key) + kind)
+        yield
+
+
+class Sampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]
+    """torchvision's, which draws the samples of each image by its key."""
+
+    def __init__(self, like: BalancedPositiveNegativeSampler, kind: int) -> None:
+        super().__init__(like.batch_size_per_image, like.positive_fraction)
+        self.kind = kind
+        self.keys: list[Tensor | None] = []
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """labels: (N,) of each image's anchors or regions; returns masks of those on objects, and of those beside"""
+        on_object, beside = [], []
+        for key, of_image in zip(self.keys, labels, strict=True):
+            with drawn_by(key, self.kind, of_image.device):
+                positive, negative = super().__call__([of_image])
+            on_object += positive
+            beside += negative
+        return on_object, beside
 
 
 class Resize(GeneralizedRCNNTransform):  # type: ignore[misc]
@@ -38,7 +79,8 @@ class Resize(GeneralizedRCNNTransform):  # type: ignore[misc]
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """One image, (3, H, W); with antialiasing, as PIL resizes, where torchvision has none."""
-        shorter = self.torch_choice(self.min_size) if self.training else self.test_size
+        with drawn_by((target or {}).get(KEY), OF_SIZE, image.device):
+            shorter = self.torch_choice(self.min_size) if self.training else self.test_size
         was = image.shape[-2:]
         scale = min(shorter / min(was), self.max_size / max(was))
         size = [round(side * scale) for side in was]
@@ -108,6 +150,18 @@ class RoIPool(nn.Module):
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's, with the published losses."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.fg_bg_sampler: Sampler = Sampler(self.fg_bg_sampler, OF_ANCHORS)
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Proposals of each image, and in training the losses."""
+        self.fg_bg_sampler.keys = [target.get(KEY) for target in targets or ()]
+        proposals: tuple[list[Tensor], dict[str, Tensor]] = super().forward(images, features, targets)
+        return proposals
+
     def compute_loss(
         self, objectness: Tensor, deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -128,6 +182,10 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
 class Heads(RoIHeads):  # type: ignore[misc]
     """torchvision's, with the published losses."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.fg_bg_sampler: Sampler = Sampler(self.fg_bg_sampler, OF_REGIONS)
+
     def forward(
         self,
         features: dict[str, Tensor],
@@ -141,6 +199,7 @@ class Heads(RoIHeads):  # type: ignore[misc]
             detections = super().forward(features, proposals, image_shapes)
             return detections
         assert targets is not None
+        self.fg_bg_sampler.keys = [target.get(KEY) for target in targets]
         proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
         pooled = self.box_roi_pool(features, proposals, image_shapes)
         scores, deltas = self.box_predictor(self.box_head(pooled))

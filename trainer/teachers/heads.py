@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.models.heads import FrozenHead, mlp
-from trainer.weights import WeightsError, load_strictly
+from trainer.models.heads import FrozenHead, PlainMLP, mlp
+from trainer.weights import HeadSpec, WeightsError, load_strictly
 
 ACTIVATIONS = {"dino": nn.GELU, "ibot": nn.GELU, "msn": nn.GELU, "swav": nn.ReLU, "moco": nn.ReLU}
 """Between the layers of each method's head, ours and the published; the tensors do not show it."""
@@ -17,14 +17,17 @@ GAINS = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parame
 """What torch's weight_norm calls gain (K, 1) and direction (K, D): the old way, and the new."""
 
 
-def head_of(method: str, state: Mapping[str, Tensor], where: str) -> FrozenHead:
+def head_of(spec: HeadSpec, state: Mapping[str, Tensor], where: str) -> FrozenHead:
     """The head of a branch that was trained by a method.
 
-    state: mlp.N..., and last_layer... or prototypes.weight
+    state: mlp.N..., and last_layer... or prototypes.weight; of a plain MLP N..., and prototypes.weight if there are any
     raises: WeightsError if the method has no such head, or tensors are missing, left over or of other shapes
     """
+    method = spec.method
     if method not in ACTIVATIONS:
         raise WeightsError(f"{where}: heads of {', '.join(ACTIVATIONS)} are known, and this one is of {method}")
+    if spec.mlp_head is not None:
+        return _plain_head(spec.mlp_head, state, where)
     layers = {name.removeprefix("mlp."): value for name, value in state.items() if name.startswith("mlp.")}
     rest = {name: value for name, value in state.items() if not name.startswith("mlp.")}
     projection = _mlp_like(layers, ACTIVATIONS[method], where)
@@ -37,6 +40,21 @@ def head_of(method: str, state: Mapping[str, Tensor], where: str) -> FrozenHead:
         came = tuple(prototypes.shape)
         raise WeightsError(f"{where}: wanted prototypes (K, {width}), as wide as the head's output, got {came}")
     return FrozenHead(projection, prototypes)
+
+
+def _plain_head(plain: PlainMLP, state: Mapping[str, Tensor], where: str) -> FrozenHead:
+    """A plain MLP, whose outputs meet prototypes as they are; without prototypes its last layer says the scores."""
+    layers = {name: value for name, value in state.items() if name != "prototypes.weight"}
+    widths = [value.shape for name, value in layers.items() if name.endswith("weight") and value.ndim == 2]
+    if not widths:
+        raise WeightsError(f"{where}: no linear layer head.N.weight; got {', '.join(layers) or 'nothing'}")
+    network = plain.build(widths[0][1], widths[-1][0])
+    load_strictly(network, layers, f"{where}: head, {plain}")
+    if "prototypes.weight" in state:
+        return FrozenHead(network, state["prototypes.weight"].float(), unit_length=False)
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    return FrozenHead(network[:-1], last.weight.detach(), bias=last.bias.detach(), unit_length=False)
 
 
 def _mlp_like(layers: Mapping[str, Tensor], activation: type[nn.Module], where: str) -> nn.Sequential:

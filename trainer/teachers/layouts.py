@@ -26,7 +26,7 @@ from trainer.models.heads import FrozenHead
 from trainer.pickles import PickleError, load_without_code
 from trainer.teachers.heads import head_of
 from trainer.teachers.networks import network_of
-from trainer.weights import WeightsError
+from trainer.weights import HeadSpec, WeightsError
 
 STD = (0.229, 0.224, 0.225)
 SWAV_STD = (0.228, 0.224, 0.225)
@@ -64,7 +64,7 @@ def read(path: Path, config: Frozen) -> tuple[nn.Module, FrozenHead | None, tupl
         return _sslight(path, config)
     layout = _recognise(tree, flat, config, path)
     network = network_of(layout.backbone, config, f"{path}: backbone")
-    head = None if layout.method is None else head_of(layout.method, layout.head, str(path))
+    head = None if layout.method is None else head_of(HeadSpec(layout.method), layout.head, str(path))
     return network, head, layout.std, f"{path}, {layout.method or 'a backbone'}{layout.note}"
 
 
@@ -159,7 +159,7 @@ def _sslight(path: Path, config: Frozen) -> tuple[nn.Module, FrozenHead | None, 
     name = config.name or published.recognise(path, state)
     spec = Backbone(name=name, init="timm", args=published.BACKBONES.get(name, {}) | config.args)
     network = published.fill(spec, state, f"{path}: {branch}")
-    head = head_of(checkpoint.method, checkpoint.heads[branch], f"{path}: {branch}")
+    head = head_of(HeadSpec(checkpoint.method), checkpoint.heads[branch], f"{path}: {branch}")
     return network, head, published.STD, f"{path}, SSLight's {checkpoint.method}, {branch}"
 
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from trainer import published, weights
 from trainer.methods.frozen import Frozen
-from trainer.models.heads import FrozenHead
+from trainer.models.heads import FrozenHead, PlainMLP
 from trainer.recipe_file import read_yaml
 from trainer.teachers import layouts
-from trainer.teachers.heads import head_of
-from trainer.weights import WeightsError
+from trainer.teachers.heads import ACTIVATIONS, head_of
+from trainer.weights import HeadSpec, WeightsError
 
 Colours = tuple[float, ...]
 
@@ -56,14 +56,15 @@ def _run(run_dir: Path, config: Frozen) -> Found:
             f"teacher.source run:{run_dir}: no resolved.yaml; wanted the run.dir of a `trainer pretrain`"
         )
     folder = _choose(run_dir / "weights", config)
-    method = str(read_yaml(run_dir / "resolved.yaml")["method"]["name"])
-    return _read(folder, method)
+    method = read_yaml(run_dir / "resolved.yaml")["method"]
+    plain = method.get("mlp_head")
+    return _read(folder, HeadSpec(method["name"], plain and PlainMLP(**plain)))
 
 
 def _folder(path: Path, config: Frozen) -> Found:
     """A weights folder, or one with several; a head in it says which method it is of."""
     folder = path if (path / weights.MODEL).is_file() else _choose(path, config)
-    return _read(folder, weights.method_of_head(folder))
+    return _read(folder, weights.spec_of_head(folder))
 
 
 def _choose(root: Path, config: Frozen) -> Path:
@@ -76,17 +77,20 @@ def _choose(root: Path, config: Frozen) -> Path:
     return root / name
 
 
-def _read(folder: Path, method: str | None) -> Found:
+def _read(folder: Path, spec: HeadSpec | None) -> Found:
     network, facts = weights.load_backbone(folder)
     mean, std = weights.normalisation(folder, facts)
     state = weights.load_head(folder)
-    if state and method is None:
+    if state and spec is None:
         raise WeightsError(
             f"{folder}: {weights.HEAD} does not say which method it is of; give the run itself, run:DIR, or a copy of "
             f"the folder without {weights.HEAD} for the backbone alone"
         )
-    head = head_of(method, state, str(folder)) if state and method is not None else None
-    return Found(network, head, mean, std, f"{facts['architecture']} of {folder}, {_describe(head)}")
+    of_network = f"{facts['architecture']} of {folder}"
+    if spec is not None and spec.method not in ACTIVATIONS:
+        return Found(network, None, mean, std, f"{of_network}, without a head: {spec.method}'s gives no scores")
+    head = head_of(spec, state, str(folder)) if state and spec is not None else None
+    return Found(network, head, mean, std, f"{of_network}, {_describe(head)}")
 
 
 def _describe(head: FrozenHead | None) -> str:
