@@ -133,6 +133,7 @@ def test_nothing_is_frozen_and_the_networks_weights_are_kept() -> None:
 
 
 def test_heads_start_as_detectron2s() -> None:
+    torch.manual_seed(0)
     heads = dict(tiny(masks=True).roi_heads.named_parameters())  # type: ignore[union-attr]
     expected = {
         "box_head.fc6.weight": 1 / math.sqrt(256 * 49),
