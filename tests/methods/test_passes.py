@@ -17,7 +17,7 @@ from trainer.methods.swav import SwAVConfig
 from trainer.methods.teacher import EMATeacher
 from trainer.models.backbones import Backbone, build_backbone
 from trainer.models.gates import Gates
-from trainer.models.gating import cost_at, dense_state, gates_of
+from trainer.models.gating import cost_at, dense_state, gates_of, gating_of
 from trainer.models.heads import PlainMLP
 from trainer.recipe import RecipeError
 from trainer.recipe_file import load_recipe
@@ -142,7 +142,8 @@ def test_a_budget_counts_each_crop_size_for_itself() -> None:
     assert parts["gates/hard_ratio"] != parts["gates/local_hard_ratio"]
     method.after_step(applied=True)
     multipliers = [float(budget.multiplier) for budget in method.budgets.values()]  # type: ignore[arg-type]
-    expected = [0.1 * (float(parts[f"gates/{name}hard_ratio"]) - 0.75) for name in ("", "local_")]
+    rate = gating_of(method.student.backbone).settings.multiplier_lr
+    expected = [rate * (float(parts[f"gates/{name}hard_ratio"]) - 0.75) for name in ("", "local_")]
     assert multipliers == pytest.approx(expected, rel=1e-5)
 
 
