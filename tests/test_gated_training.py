@@ -12,8 +12,11 @@ from tests.launch import DEMO, TINY, TINY_MOCO, losses, metrics
 from tests.spawn import run_ranks
 from tests.test_equivalence import DINO, LIVELY, PIECES, go_back_to_step_3
 from trainer import weights
+from trainer.evals.features import reader_of
 from trainer.models.gating import gated_pass, gates_of, in_mode
 from trainer.models.slicing import at_least, open_rates, slice_network, widths
+from trainer.recipe_file import load_recipe
+from trainer.settling import HardCost
 
 VICREG = ("method={name: vicreg, hidden_dim: 32, out_dim: 32}", "teacher={kind: none}", "views.local_views.count=0")
 SIMSIAM = ("method={name: simsiam, hidden_dim: 32, out_dim: 32, predictor_dim: 8}", *VICREG[1:])
@@ -26,7 +29,7 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "gated": ((*VICREG, *GATES), None),
     "gated-zero3": ((*VICREG, *GATES), PIECES),
     "gated-simsiam": ((*SIMSIAM, *FULL, "optim.accumulation=2", "optim.name=lars"), None),
-    "gated-moco": ((*TINY_MOCO, *GATES), None),
+    "gated-moco": ((*TINY_MOCO, *GATES, "backbone.gates.settle_images=0"), None),
     "gated-dino-zero3": ((DINO, *FULL), PIECES),
 }
 PAUSED = ("gated-zero3", "gated-simsiam", "gated-moco")
@@ -98,6 +101,25 @@ def test_dense_and_gated_network_are_evaluated_side_by_side(runs: Path) -> None:
     assert '"knn/teacher_top1"' in (runs / "gated-moco/metrics.jsonl").read_text(), "and its teacher, where it has one"
     lines = [json.loads(line) for line in (runs / "vicreg/metrics.jsonl").read_text().splitlines()]
     assert not any("knn/gated_top1" in line for line in lines)
+
+
+@pytest.mark.parametrize("case", ["gated", "gated-zero3", "gated-dino-zero3"])
+def test_the_saved_network_costs_on_plain_images_what_its_run_settled_for(
+    case: str, runs: Path, synthetic: Path
+) -> None:
+    lines = [json.loads(line) for line in (runs / case / "metrics.jsonl").read_text().splitlines()]
+    (settled,) = [line for line in lines if "gates/plain_after" in line]
+    network, _ = weights.load_backbone(runs / case / "weights/gated")
+    reader = reader_of(load_recipe(runs / case / "resolved.yaml"), torch.device("cpu"))
+    costs = reader.features({"cost": HardCost(network, reader.size)}, synthetic / "train.beton")["cost"].vectors
+    assert costs.mean().item() == pytest.approx(settled["gates/plain_after"], abs=1e-6)
+    assert settled["gates/plain_shift"] != 0, "or nothing was seen"
+    assert abs(settled["gates/plain_after"] - 0.75) < abs(settled["gates/plain_before"] - 0.75)
+
+
+def test_gates_are_left_as_they_were_trained_where_the_recipe_says_so(runs: Path) -> None:
+    assert "gates/hard_ratio" in (runs / "gated-moco/metrics.jsonl").read_text()
+    assert "gates/plain" not in (runs / "gated-moco/metrics.jsonl").read_text()
 
 
 def test_timm_loads_the_dense_network_and_we_the_gated_one(runs: Path) -> None:

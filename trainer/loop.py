@@ -27,6 +27,7 @@ from trainer.optim import set_progress
 from trainer.recipe import Recipe
 from trainer.run_state import capture, untrained_parameters
 from trainer.schedules import Progress, Schedules
+from trainer.settling import settle
 from trainer.stopping import StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,10 @@ def train(recipe: Recipe, run: Assembly, folder: Path, precision: torch.autocast
                 stop, write_failed = agreement.any_claims(request.came, checkpoints.failed)
                 if write_failed:
                     checkpoints.stop_on_failure()
+                if next_step == schedules.num_steps:
+                    dog.rest()
+                    if settled := settle(recipe, run, device):
+                        metrics.write({"step": step, **settled})
                 is_checkpoint = stop or is_saved(recipe, schedules, next_step)
                 if next_step % recipe.run.log_every_steps == 0 or is_checkpoint:
                     record = describe(progress) | averages.read() | clock.read()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class ImageReader:
     device: torch.device
     bf16: bool = False
     """Whether networks run under bfloat16 autocast."""
+    on_bad_image: Literal["fail", "replace"] = "fail"
+    """An evaluation counts every image once, so it fails."""
 
     def stated(self) -> dict[str, Any]:
         """What a report says of it."""
@@ -73,7 +75,7 @@ class ImageReader:
         loader = ViewLoader(
             beton, [view or CenterView(size=self.size, resize=self.resize)], batch_size=self.batch_size, seed=seed,
             rank=distributed.rank(), world=distributed.world(), num_workers=self.num_workers, subset=subset,
-            shuffle=False, drop_last=False,
+            shuffle=False, drop_last=False, on_bad_image=self.on_bad_image,
         )  # fmt: skip
         was_training = {name: network.training for name, network in networks.items()}
         rows: dict[str, list[Tensor]] = {name: [] for name in networks}

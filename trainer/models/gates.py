@@ -45,6 +45,9 @@ class Gates:
     runs."""
     bound_weight: float = 1.0
     """gamma, of the term that keeps every gate's share of open channels in an interval that widens."""
+    settle_images: int = 2048
+    """Train images, read as k-NN reads them, on which the finished network's gates are shifted to meet the target; 0 to
+    leave them as they were trained, as published."""
 
     def __post_init__(self) -> None:
         if self.hidden_dim is not None and self.hidden_dim < 1:
@@ -55,6 +58,8 @@ class Gates:
             raise ValueError(f"lr_scale must be above 0, got {self.lr_scale}")
         if not 0 < self.target < 1:
             raise ValueError(f"target must lie in (0, 1), got {self.target}")
+        if self.settle_images < 0:
+            raise ValueError(f"settle_images must be at least 0, got {self.settle_images}")
         if not 0 <= self.anneal < 1:
             raise ValueError(f"anneal must lie in [0, 1), got {self.anneal}")
         for field in ("strength", "multiplier_lr", "bound_weight"):
