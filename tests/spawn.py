@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks; the failing rank's traceback becomes the test's."""
 
 import multiprocessing
+import os
 import pickle
 import queue
 import socket
@@ -8,6 +9,13 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")  # CUDA survives no fork
+if not torch.cuda.is_available():
+    CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def free_port() -> int:
@@ -20,13 +28,12 @@ def free_port() -> int:
 def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2, timeout_s: float = 300) -> list[Any]:
     """Call function(*args) on every rank of a fresh gloo group; returns each rank's result, in rank order.
 
-    function: importable by name, since ranks are spawned; its result must pickle
+    function: importable by name, since ranks are processes of their own; its result must pickle
     raises: AssertionError with the traceback of the first rank that failed, or after timeout_s
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    results: Any = CONTEXT.Queue()
     port = free_port()
-    ranks = [context.Process(target=_rank, args=(r, world, port, results, function, args)) for r in range(world)]
+    ranks = [CONTEXT.Process(target=_rank, args=(r, world, port, results, function, args)) for r in range(world)]
     for process in ranks:
         process.start()
     try:
@@ -53,11 +60,6 @@ def _collect(results: Any, world: int, timeout_s: float) -> list[Any]:
 
 
 def _rank(rank: int, world: int, port: int, results: Any, function: Callable[..., Any], args: Any) -> None:
-    import os
-
-    import torch
-    import torch.distributed as dist
-
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

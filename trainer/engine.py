@@ -179,7 +179,7 @@ def build_engine(
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     originals = {name: parameter.detach().clone() for name, parameter in trained.items()} if zero_stage(config) else {}
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is there, even in a process without a launcher
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     _unname_shared_memory()
@@ -261,7 +261,8 @@ def rewriting(engine: "DeepSpeedEngine", parameters: Iterable[nn.Parameter]) -> 
                 piece.of(piece.owner).copy_(piece.of_whole(named[piece.name]))
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """DeepSpeed with this project's compilers, for the CPU where there is no GPU, and without its warnings."""
     toolchain.use_own()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
