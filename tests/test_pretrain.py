@@ -1,6 +1,7 @@
 """The whole run under the real launchers: the same from each of them, and the same after signals and kills."""
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +12,13 @@ import psutil
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.launch import DEMO, TINY, TINY_MOCO, launcher, losses, metrics, run, start, wait_for_step
+from trainer.__main__ import main as trainer
+from trainer.evals.command import evaluate
+from trainer.recipe import RecipeError
+from trainer.recipe_file import load_recipe
 
 CHECKPOINTS = "run.checkpoint_every_epochs=0.5"
 
@@ -53,6 +58,32 @@ def test_a_run_directory_holds_what_the_documentation_says(straight: Path) -> No
     probed = [record["probe/val_accuracy"] for record in evaluations if "probe/val_accuracy" in record]
     assert len(probed) == 2, "after every epoch"
     assert all(0 <= accuracy <= 100 for accuracy in probed)
+
+
+def test_the_command_reads_the_joint_probe_as_the_run_did(straight: Path, tmp_path: Path) -> None:
+    assert trainer(["evaluate", str(straight), "--protocol", "linear_online"]) == 0
+    (written,) = (straight / "evals").glob("linear_online-*.json")
+    results = json.loads(written.read_text())["results"]
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    last = [record["probe/val_accuracy"] for record in records if "probe/val_accuracy" in record][-1]
+    assert list(results) == ["student"]
+    assert (results["student"]["top1"], results["student"]["num_images"]) == (pytest.approx(last, abs=1e-4), 36)
+    copied = tmp_path / "student"
+    shutil.copytree(straight / "weights/student", copied)
+    data = [
+        f"data.train={load_recipe(straight / 'resolved.yaml').data.train}",
+        "evals.knn.size=32",
+        "evals.knn.resize=32",
+    ]
+    data += [f"data.val={load_recipe(straight / 'resolved.yaml').data.val}"]
+    save_file(
+        {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}, copied / "probe.safetensors"
+    )
+    with pytest.raises(RecipeError, match="a probe of 3 classes, and the images have 12"):
+        evaluate(copied, "linear_online", data)
+    (copied / "probe.safetensors").unlink()
+    with pytest.raises(RecipeError, match="wanted a run with `probe: true`"):
+        evaluate(copied, "linear_online", data)
 
 
 def test_timm_loads_the_weights_of_a_run(straight: Path) -> None:

@@ -251,5 +251,5 @@ CLASSIFICATIONS = (
     *("transfer", "places205", "inaturalist18", "clevr_count", "clevr_dist"),
 )
 DETECTIONS = ("detection", "segmentation")
-EVALS = ("knn", "linear_cached", "lowshot", "collapse", *CLASSIFICATIONS, *DETECTIONS)
+EVALS = ("knn", "linear_cached", "linear_online", "lowshot", "collapse", *CLASSIFICATIONS, *DETECTIONS)
 """Every protocol of `trainer evaluate`."""

@@ -22,7 +22,7 @@ from trainer.recipe import Recipe
 from trainer.run_dir import write_json
 from trainer.run_state import RunState
 
-MODEL, HEAD, CONFIG = "model.safetensors", "head.safetensors", "config.json"
+MODEL, HEAD, PROBE, CONFIG = "model.safetensors", "head.safetensors", "probe.safetensors", "config.json"
 
 
 class WeightsError(ValueError):
@@ -42,6 +42,7 @@ def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -
     """Write weights/student and weights/teacher of a checkpoint; `timm.create_model("local-dir:...")` loads either.
 
     The student of a gated run is its dense network; weights/gated has gates and both sets of norms, for us alone.
+    The joint probe, where there is one, lies beside the student.
     """
     views, teacher = recipe.views, state.teacher()
     method = state.method()
@@ -55,6 +56,8 @@ def save(run_dir: Path, recipe: Recipe, state: RunState, *, num_features: int) -
         _save_network(folder, dense_state(_under("backbone.", branch)), config)
         spec = HeadSpec(recipe.method.name, getattr(recipe.method, "mlp_head", None))
         save_head(folder, _under("head.", branch), spec)
+    if recipe.probe:
+        _save_tensors(run_dir / "weights/student" / PROBE, _under("probe.", method))
     if recipe.backbone.gates is not None:
         gates = {"gates": dataclasses.asdict(recipe.backbone.gates)}
         _save_network(run_dir / "weights" / "gated", _under("backbone.", branches["student"]), config | gates)

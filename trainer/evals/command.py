@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import distributed, protocols
-from trainer.evals import classification, collapse, detection, knn, linear, lowshot
+from trainer.evals import classification, collapse, detection, knn, linear, lowshot, probe
 from trainer.evals.sources import REFERENCES, Results, Source, open_source
 from trainer.run_dir import environment, write_json
 
@@ -21,7 +21,10 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.1, 5
 """Below either, features are called collapsed: one point has a spread of 0, one line 1 effective direction."""
 
 Run = Callable[[Source], tuple[dict[str, Any], Results]]
-CACHED: dict[str, Run] = {"knn": knn.run, "linear_cached": linear.run, "lowshot": lowshot.run, "collapse": collapse.run}
+CACHED: dict[str, Run] = {
+    **{"knn": knn.run, "linear_cached": linear.run, "linear_online": probe.run},
+    **{"lowshot": lowshot.run, "collapse": collapse.run},
+}
 """Protocols that look at features only, of every network at once."""
 TRAINED: dict[str, Run] = {
     **{name: partial(classification.run, protocol=name) for name in protocols.CLASSIFICATIONS},
