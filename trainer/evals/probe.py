@@ -42,8 +42,8 @@ def _load(source: Source, num_classes: int) -> LinearProbe:
     folder = source.folders.get("student")
     if folder is None or not (folder / weights.PROBE).is_file():
         raise RecipeError(
-            f"linear_online: wanted a run with `probe: true`, which leaves {weights.PROBE} beside its student, and there "
-            "is none; take another run, or --protocol linear_cached"
+            f"linear_online: wanted a run with `probe: true`, which leaves {weights.PROBE} beside its student, and "
+            "there is none; take another run, or --protocol linear_cached"
         )
     state = load_file(folder / weights.PROBE)
     of_probe, num_features = state["classifier.weight"].shape
