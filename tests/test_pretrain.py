@@ -70,20 +70,15 @@ def test_the_command_reads_the_joint_probe_as_the_run_did(straight: Path, tmp_pa
     assert (results["student"]["top1"], results["student"]["num_images"]) == (pytest.approx(last, abs=1e-4), 36)
     copied = tmp_path / "student"
     shutil.copytree(straight / "weights/student", copied)
-    data = [
-        f"data.train={load_recipe(straight / 'resolved.yaml').data.train}",
-        "evals.knn.size=32",
-        "evals.knn.resize=32",
-    ]
-    data += [f"data.val={load_recipe(straight / 'resolved.yaml').data.val}"]
-    save_file(
-        {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}, copied / "probe.safetensors"
-    )
+    data = load_recipe(straight / "resolved.yaml").data
+    given = [f"data.train={data.train}", f"data.val={data.val}", "evals.knn.size=32", "evals.knn.resize=32"]
+    of_others = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
+    save_file(of_others, copied / "probe.safetensors")
     with pytest.raises(RecipeError, match="a probe of 3 classes, and the images have 12"):
-        evaluate(copied, "linear_online", data)
+        evaluate(copied, "linear_online", given)
     (copied / "probe.safetensors").unlink()
     with pytest.raises(RecipeError, match="wanted a run with `probe: true`"):
-        evaluate(copied, "linear_online", data)
+        evaluate(copied, "linear_online", given)
 
 
 def test_timm_loads_the_weights_of_a_run(straight: Path) -> None:
