@@ -23,8 +23,8 @@ def fault(guard: FiniteGuard) -> str:
 @pytest.mark.parametrize(
     ("views_finite", "teacher", "cause"),
     [
-        ([True, False, True], FINE, "step 4, rank 0: the features of the student's view 1 of 0 to 2 are not finite"),
-        ([True, False, False], FINE, "view 1, 2 of 0 to 2"),
+        ([True, False, True], FINE, "step 4, rank 0: the features of the student's pass 1 of 0 to 2 are not finite"),
+        ([True, False, False], FINE, "pass 1, 2 of 0 to 2"),
         ([False, False, False], NAN, "the weights are not: the update before this step diverged"),
         ([True, True, True], NAN, "the teacher's output is not finite"),
         ([True, True, True], FINE, "it overflows in the head or in the loss"),
@@ -80,7 +80,7 @@ def one_rank_breaks() -> str:
 def test_every_rank_stops_with_what_one_rank_saw() -> None:
     first, second = run_ranks(one_rank_breaks)
     assert first == second
-    assert "step 2, rank 1: the features of the student's view 1 of 0 to 1" in first
+    assert "step 2, rank 1: the features of the student's pass 1 of 0 to 1" in first
 
 
 HANGS = """

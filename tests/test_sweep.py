@@ -155,6 +155,15 @@ def test_a_case_of_an_unknown_key_is_refused_before_anything_runs(synthetic: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_case_whose_gates_cannot_meet_their_target_is_named_before_anything_runs(
+    synthetic: Path, tmp_path: Path
+) -> None:
+    gates = {"backbone.gates": {"target": 0.001}}
+    path = write_sweep(tmp_path, cases=[{"name": "thin", "set": gates}])
+    with pytest.raises(RecipeError, match=r"case thin: backbone\.gates\.target is 0\.001, and views of"):
+        planned_runs(read_sweep(path), path, data_of(synthetic), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("ours", "cell"),
     [([41.0, 43.0], "+1.50 (standard error 0.50)"), ([39.5, 41.5], "+0.00 (standard error 0.50)")],

@@ -26,17 +26,17 @@ class FiniteGuard:
     """
 
     def __init__(self) -> None:
-        self._first: Tensor | None = None  # step or -1, then one flag each: loss, teacher, every student view
+        self._first: Tensor | None = None  # step or -1, then one flag each: loss, teacher, every student pass
         self._skipped = 0
 
     @torch.no_grad()
-    def see(self, step: int, loss: Tensor, views_finite: Tensor, teacher_output: Tensor | None) -> None:
+    def see(self, step: int, loss: Tensor, passes_finite: Tensor, teacher_output: Tensor | None) -> None:
         """Take one micro-batch.
 
-        views_finite: (V,) whether all features of each of the student's views are finite
+        passes_finite: (P,) whether all features of each of the student's passes are finite
         """
-        teacher = torch.ones_like(views_finite[0]) if teacher_output is None else teacher_output.isfinite().all()
-        flags = torch.cat([loss.detach().isfinite().view(1), teacher.view(1), views_finite])
+        teacher = torch.ones_like(passes_finite[0]) if teacher_output is None else teacher_output.isfinite().all()
+        flags = torch.cat([loss.detach().isfinite().view(1), teacher.view(1), passes_finite])
         number = torch.full((1,), step, device=flags.device)
         if self._first is None:
             self._first = torch.full((1 + len(flags),), -1, device=flags.device)
@@ -70,17 +70,19 @@ class FiniteGuard:
 _REMEDY = (
     "The last checkpoint is sound. Lower optim.base_lr, lengthen optim.warmup_epochs, or set optim.gradient_clipping"
 )
+_PASSES = "one for each view that the student sees, in their order; of a gated network the dense ones, then the gated"
 
 
 def _describe(step: int, rank: int, flags: list[int]) -> str:
     """The first step that was not finite, and what its flags say about the cause."""
-    _, teacher, *views = flags
-    bad = [number for number, is_finite in enumerate(views) if not is_finite]
-    if bad and len(bad) < len(views):
-        where = f"the features of the student's view {', '.join(map(str, bad))} of 0 to {len(views) - 1} are not finite"
-        cause = f"so it is these views that overflow; look at them with `trainer show`. {_REMEDY}"
+    _, teacher, *passes = flags
+    bad = [number for number, is_finite in enumerate(passes) if not is_finite]
+    if bad and len(bad) < len(passes):
+        which = f"{', '.join(map(str, bad))} of 0 to {len(passes) - 1}"
+        where = f"the features of the student's pass {which} are not finite ({_PASSES})"
+        cause = f"so it is their views, or their gates, that overflow; look at the views with `trainer show`. {_REMEDY}"
     elif bad:
-        where = "the features of every view are not finite"
+        where = "the features of every pass are not finite"
         cause = f"so the weights are not: the update before this step diverged. {_REMEDY}"
     elif not teacher:
         where, cause = "the teacher's output is not finite, the student's features are", _REMEDY

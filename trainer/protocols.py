@@ -79,6 +79,10 @@ class Classification:
     global_batch: int = 1024
     base_lr: float = 0.01
     """For a global batch of 256."""
+    sweep: tuple[float, ...] = ()
+    """The base_lr of further heads on the same frozen features, trained in the same pass, each as if alone."""
+    rate: Literal["base_lr", "val"] = "base_lr"
+    """Whose head the result is; val: the rate in `sweep` or base_lr that is best on the val images, which flatters."""
     final_lr: float = 1e-6
     """Where the cosine ends; it moves once an epoch."""
     milestones: tuple[int, ...] = ()
@@ -99,6 +103,20 @@ class Classification:
         at_least(self, epochs=1, global_batch=1, final_lr=0, weight_decay=0, repeats=1)
         if not self.base_lr > 0:
             raise ValueError(f"base_lr must be above 0, got {self.base_lr}")
+        if not all(rate > 0 for rate in self.sweep):
+            raise ValueError(f"sweep must name learning rates above 0, got {list(self.sweep)}")
+        if self.sweep and self.trains == "all":
+            raise ValueError(
+                f"sweep trains many heads on one frozen network, got {list(self.sweep)} with trains: all, where every "
+                "rate changes the network; evaluate once for each base_lr, or set trains: head"
+            )
+        if self.rate == "val" and not self.sweep:
+            raise ValueError("rate is val, and there is nothing to choose among; name learning rates in sweep")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Of every head its base_lr, each once; the protocol's own comes first."""
+        return tuple(dict.fromkeys((self.base_lr, *self.sweep)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from trainer.assemble import build_method, build_teacher, count_steps
+from trainer.assemble import build_method, build_teacher, check_backbone, count_steps
 from trainer.loop import SUCCESS
 from trainer.recipe import Recipe, RecipeError
 from trainer.recipe_file import load_recipe, read_yaml
@@ -142,7 +142,7 @@ def read_sweep(path: Path) -> Sweep:
 def planned_runs(plan: Sweep, path: Path, overrides: Sequence[str], folder: Path) -> list[Run]:
     """Every case with every seed, seeds outermost, so that an unfinished sweep already compares all cases."""
     runs = [_plan(plan, path, case, seed, overrides, folder) for seed in plan.seeds for case in plan.cases]
-    costs = {case.name: _cost(run.recipe) for case, run in zip(plan.cases, runs, strict=False)}
+    costs = {case.name: _cost(run) for case, run in zip(plan.cases, runs, strict=False)}
     runs = [replace(run, gmacs_per_image=costs[run.case.name]) for run in runs]
     return runs if plan.equal == "steps" else [_at_equal_compute(run, costs[plan.cases[0].name]) for run in runs]
 
@@ -159,9 +159,14 @@ def _plan(plan: Sweep, path: Path, case: Case, seed: int, overrides: Sequence[st
     return Run(case, seed, recipe, recipe_path, every, 0.0)
 
 
-def _cost(recipe: Recipe) -> float:
-    """10^9 multiply-accumulates an image and step."""
-    count_steps(recipe)
+def _cost(run: Run) -> float:
+    """10^9 multiply-accumulates an image and step. raises: RecipeError that names a case that cannot be trained"""
+    recipe = run.recipe
+    try:
+        count_steps(recipe)
+        check_backbone(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"case {run.case.name}: {error}") from error
     method = build_method(recipe)
     return cost_of(recipe, method, build_teacher(recipe, method)).step / 1e9
 

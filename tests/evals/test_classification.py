@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainer import distributed, weights
 from trainer.data.loader import ViewLoader
 from trainer.data.photometric import to_float
 from trainer.data.views import View
-from trainer.evals.classification import WHOLE, Training, mean_and_spread, set_rate
+from trainer.evals.classification import WHOLE, Scores, Training, mean_and_spread, set_rate, summary
 from trainer.evals.classifier import Classifier, ClassTokens, build_classifier
 from trainer.evals.features import ImageReader
 from trainer.evals.resumable import Resumable
@@ -37,7 +38,7 @@ SMOOTH = {"act_layer": "gelu", "replace_stem_pool": True}
 TINY = Backbone(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8, **SMOOTH})
 SMALL = {"epochs": 3, "global_batch": 12}
 CASES: dict[str, Classification] = {
-    "linear": Linear(optimizer="sgd", base_lr=2.0, **SMALL),
+    "linear": Linear(optimizer="sgd", base_lr=2.0, sweep=(0.5,), **SMALL),
     "transfer": Transfer(base_lr=2.0, milestones=(1, 2), epochs=3, global_batch=12),
     "finetune": FineTuning(base_lr=0.1, **SMALL),
 }
@@ -59,7 +60,9 @@ def classifier(settings: Classification, projection: dict[str, torch.Tensor] | N
     return build_classifier(build_backbone(TINY), settings, 12, projection or {}, seed=3)
 
 
-def trained(train: Path, val: Path, settings: Classification, state: Path) -> tuple[dict[str, float], Classifier]:
+def trained(
+    train: Path, val: Path, settings: Classification, state: Path, kept: type[Resumable] = Resumable
+) -> tuple[Scores, Classifier]:
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     model = classifier(settings)
@@ -68,15 +71,20 @@ def trained(train: Path, val: Path, settings: Classification, state: Path) -> tu
         size=32, resize=32, batch_size=8, num_workers=1, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
         device=torch.device("cpu"),
     )  # fmt: skip
-    score = Training(data, settings, reader, 3, "test").run(model, Resumable(state, "test"))
+    score = Training(data, settings, reader, 3, "test").run(model, kept(state, "test"))
     return score, model
+
+
+def heads_of(model: Classifier) -> dict[str, torch.Tensor]:
+    """`head.weight` ..., and of further rates `others.0.weight` ..."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith("network.")}
 
 
 def on_this_rank(train: Path, val: Path, folder: Path) -> dict[str, Any]:
     results = {}
     for name, settings in CASES.items():
         score, model = trained(train, val, settings, folder / f"{distributed.world()}-{name}.pt")
-        results[name] = score, {key: value.numpy() for key, value in model.head.state_dict().items()}
+        results[name] = score, {key: value.numpy() for key, value in heads_of(model).items()}
     return results
 
 
@@ -93,14 +101,16 @@ def test_any_number_of_ranks_trains_the_same_and_counts_every_image_once(
     over_ranks: dict[int, Any], world: int, name: str
 ) -> None:
     alone, head = over_ranks[1][0][name]
-    assert alone["num_images"] == 35
+    assert list(alone) == list(CASES[name].rates)
     assert max(value.std() for key, value in head.items() if key.endswith("weight")) > 0.02, "it started at 0.01"
     for result in over_ranks[world]:
         score, other = result[name]
         for key, value in head.items():
             np.testing.assert_allclose(other[key], value, rtol=1e-3, atol=1e-4)
-        assert score["num_images"] == 35
-        assert score == pytest.approx(alone, abs=100 / 35 + 1e-6), "rounding may tip one image between two classes"
+        for rate in CASES[name].rates:
+            assert score[rate]["num_images"] == alone[rate]["num_images"] == 35
+            tipped = 100 / 35 + 1e-6
+            assert score[rate] == pytest.approx(alone[rate], abs=tipped), "rounding may tip one image between classes"
 
 
 def plain_pytorch(train: Path, settings: Classification) -> tuple[nn.Module, nn.Module]:
@@ -135,8 +145,8 @@ def plain_pytorch(train: Path, settings: Classification) -> tuple[nn.Module, nn.
 def test_it_is_the_training_that_plain_pytorch_does(over_ranks: dict[int, Any], synthetic: Path, name: str) -> None:
     torch.set_num_threads(1)
     network, head = plain_pytorch(synthetic / "train.beton", CASES[name])
-    for key, value in over_ranks[1][0][name][1].items():
-        np.testing.assert_allclose(value, head.state_dict()[key].numpy(), rtol=1e-4, atol=1e-5)
+    for key, value in head.state_dict().items():
+        np.testing.assert_allclose(over_ranks[1][0][name][1][f"head.{key}"], value.numpy(), rtol=1e-4, atol=1e-5)
     assert network.training == (name == "finetune")
 
 
@@ -144,7 +154,7 @@ def test_a_frozen_network_stays_as_it_was(synthetic: Path, uneven: Path, tmp_pat
     before = classifier(CASES["transfer"]).network.state_dict()
     before = {key: value.clone() for key, value in before.items()}
     score, model = trained(synthetic / "train.beton", uneven, CASES["transfer"], tmp_path / "state.pt")
-    assert score["num_images"] == 35
+    assert score[2.0]["num_images"] == 35
     for key, value in model.network.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert model.head[0].num_batches_tracked == 3 * 8, "the head's BatchNorm does follow"  # type: ignore[index]
@@ -178,11 +188,11 @@ def test_in_bfloat16_logits_and_weights_stay_in_fp32() -> None:
         for network in (build_backbone(TINY),)
         for bf16 in (False, True)
     )
-    logits = half.logits(images)
+    (logits,), (expected,) = half.logits(images), full.logits(images)
     assert logits.dtype == torch.float32
-    assert not torch.equal(logits, full.logits(images))
-    torch.testing.assert_close(logits, full.logits(images), rtol=0.05, atol=0.02)
-    half(images, labels).backward()
+    assert not torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.02)
+    half(images, labels)[0].backward()
     assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {torch.float32}
     assert all(p.grad is not None for p in half.parameters())
 
@@ -201,6 +211,63 @@ def test_a_vits_probe_sees_the_class_tokens_of_its_last_four_blocks() -> None:
     assert probe.head.in_features == 48
 
 
+SWEPT: dict[str, Classification] = {
+    "lars": Linear(base_lr=30.0, sweep=(300.0, 1e38), epochs=3, global_batch=12),
+    "batchnorm": Transfer(base_lr=2.0, sweep=(0.3, 1e38), milestones=(2,), epochs=3, global_batch=12, select="best"),
+}
+"""The last rate diverges, which must harm no other head."""
+
+
+class Stops(Resumable):
+    """Ends the training after its second epoch."""
+
+    def save(self, step: int, scores: list[Any]) -> None:
+        super().save(step, scores)
+        if step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_every_head_of_a_sweep_is_that_of_a_training_at_its_rate_alone_even_after_a_stop(
+    synthetic: Path, uneven: Path, tmp_path: Path, name: str
+) -> None:
+    files, swept = (synthetic / "train.beton", uneven), SWEPT[name]
+    with pytest.raises(KeyboardInterrupt):
+        trained(*files, swept, tmp_path / "swept.pt", Stops)
+    scores, model = trained(*files, swept, tmp_path / "swept.pt")
+    for rate, head in list(zip(swept.rates, model.heads, strict=True))[:2]:
+        score, alone = trained(*files, replace(swept, base_lr=rate, sweep=()), tmp_path / f"{rate}.pt")
+        assert score == {rate: scores[rate]}
+        for key, value in alone.head.state_dict().items():
+            assert torch.equal(head.state_dict()[key], value), (rate, key)
+    first, second, diverged = (nn.utils.parameters_to_vector(head.parameters()) for head in model.heads)
+    assert not torch.equal(first, second)
+    assert not diverged.isfinite().all(), "the trap is real"
+
+
+def test_a_sweep_reports_every_rate_and_chooses_among_them_on_val_only_if_told() -> None:
+    scores = [
+        {0.05: {"top1": low, "num_images": 10.0}, 0.5: {"top1": high, "num_images": 10.0}}
+        for low, high in ((20.0, 60.0), (30.0, 64.0))
+    ]
+    every = {"top1_at_0.05": 25.0, "top1_at_0.5": 62.0, "num_images": 10.0}
+    published = summary(scores, Linear(sweep=(0.5,), repeats=2))
+    assert published == every | {"top1": 25.0, "top1_std": pytest.approx(50**0.5), "base_lr": 0.05}
+    best = summary(scores, Linear(sweep=(0.5, 0.05), repeats=2, rate="val"))
+    assert best == every | {"top1": 62.0, "top1_std": pytest.approx(8**0.5), "base_lr": 0.5}
+    alone = summary([{0.05: score[0.05]} for score in scores], Linear(repeats=2))
+    assert alone == {"top1": 25.0, "top1_std": pytest.approx(50**0.5), "num_images": 10.0}
+
+
+def test_a_sweep_is_refused_where_the_network_is_trained_and_where_a_choice_has_no_rates() -> None:
+    with pytest.raises(ValueError, match=r"one frozen network, got \[0.1\] with trains: all"):
+        FineTuning(sweep=(0.1,))
+    with pytest.raises(ValueError, match="rate is val, and there is nothing to choose among"):
+        Linear(rate="val")
+    with pytest.raises(ValueError, match="sweep must name learning rates above 0"):
+        Linear(sweep=(0.1, 0.0))
+
+
 def test_squashed_images_are_whole(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3)).repeat(10, 0).repeat(10, 1).astype(np.uint8)
     (tmp_path / "a").mkdir()
@@ -216,10 +283,9 @@ def test_squashed_images_are_whole(tmp_path: Path) -> None:
 
 
 def test_rates_follow_the_published_schedules() -> None:
-    sgd = torch.optim.SGD([{"params": [torch.zeros(1)], "factor": 2.0}], lr=0)
-
     def rates(settings: Classification) -> list[float]:
-        found = []
+        group = {"params": [torch.zeros(1)], "factor": 2.0, "base_lr": settings.base_lr}
+        sgd, found = torch.optim.SGD([group], lr=0), []
         for epoch in range(settings.epochs):
             set_rate(sgd, settings, epoch)
             found.append(sgd.param_groups[0]["lr"] / 2)
@@ -263,5 +329,6 @@ def test_a_killed_evaluation_goes_on_and_ends_as_the_straight_one(synthetic: Pat
         assert ("continuing" in output) == (name == "killed")
         (report,) = (folder / "evals").glob("finetune*.json")
         results.append(json.loads(report.read_text())["results"][name])
+        assert "sweep" not in json.loads(report.read_text())["settings"], "it compares with reports that knew none"
         assert not list((folder / "evals").glob(".finetune*")), "nothing is left behind"
     assert results[0] == results[1]

@@ -30,6 +30,10 @@ from trainer.recipe import Data, RecipeError
 log = logging.getLogger(__name__)
 WHOLE = {"scale": (1.0, 1.0), "ratio": (0.02, 50.0)}
 """No crop of all the area has another shape than the image, so the kernel falls back to the image itself."""
+SWEEP = ("sweep", "rate")
+"""Settings that a report states only with a sweep, so that one without compares with those that knew none."""
+Scores = dict[float, dict[str, float]]
+"""base_lr -> measure -> value."""
 
 
 def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
@@ -45,7 +49,7 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
             "SimCLR's 1percent.txt"
         )
     reader = reader_of(recipe, distributed.local_device())
-    num_classes, stated = count_classes(recipe.data), dataclasses.asdict(settings) | reader.stated()
+    num_classes, every = count_classes(recipe.data), dataclasses.asdict(settings) | reader.stated()
     for name, network in source.networks.items():
         folder = source.folders.get(name)
         projection = weights.load_head(folder) if folder and settings.head == "projection" else {}
@@ -55,13 +59,23 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
                 copy.deepcopy(network), settings, num_classes, projection, seed=seed, bf16=reader.bf16
             )
             training = Training(recipe.data, settings, reader, seed, f"{protocol} of {name}")
-            scores.append(training.run(classifier, source.resumable(name, seed, stated)))
-        results[name] = mean_and_spread(scores)
-    return stated, results
+            scores.append(training.run(classifier, source.resumable(name, seed, every)))
+        results[name] = summary(scores, settings)
+    return every if settings.sweep else {key: every[key] for key in every if key not in SWEEP}, results
+
+
+def summary(scores: list[Scores], settings: Classification) -> dict[str, float]:
+    """Of one network's trainings: what the head of the rate that counts reached, and beside it each rate's top-1."""
+    by_rate = {rate: mean_and_spread([score[rate] for score in scores]) for rate in settings.rates}
+    best = max(by_rate, key=lambda rate: by_rate[rate]["top1"])
+    rate = best if settings.rate == "val" else settings.base_lr
+    if not settings.sweep:
+        return by_rate[rate]
+    return by_rate[rate] | {"base_lr": rate} | {f"top1_at_{each}": by_rate[each]["top1"] for each in sorted(by_rate)}
 
 
 def mean_and_spread(scores: list[dict[str, float]]) -> dict[str, float]:
-    """Of one network's trainings: the mean of each measure, and top1's standard deviation if there are several."""
+    """Of several trainings: the mean of each measure, and top1's standard deviation if there are several."""
     result = {key: statistics.mean(score[key] for score in scores) for key in scores[0]}
     result["num_images"] = scores[0]["num_images"]
     if len(scores) > 1:
@@ -80,8 +94,8 @@ class Training:
     seed: int
     name: str
 
-    def run(self, classifier: Classifier, kept: Resumable) -> dict[str, float]:
-        """Top-1 and top-5 on the val images, each counted once, after the last or the best epoch."""
+    def run(self, classifier: Classifier, kept: Resumable) -> Scores:
+        """Top-1 and top-5 on the val images, each counted once, after the last epoch or the best one of each rate."""
         device, settings = self.reader.device, self.settings
         synchronise_batchnorm(classifier.to(device), device)
         loader = self._loader()
@@ -97,7 +111,7 @@ class Training:
             kept.save(epoch + 1, scores)
             log.info("%s epoch %d/%d  loss %.4f  ETA %s", self.name, epoch + 1, settings.epochs, loss, clock(epoch))
         loader.close()
-        return max(scores, key=lambda score: score["top1"])
+        return {rate: max((score[rate] for score in scores), key=lambda each: each["top1"]) for rate in settings.rates}
 
     def _loader(self) -> ViewLoader:
         """Crops of the train images, flipped every second time, and nothing else."""
@@ -117,21 +131,21 @@ class Training:
         return View(size=self.reader.size, flip_prob=flip_prob, **box, **plain)
 
     def _train_epoch(self, engine: Any, classifier: Classifier, loader: ViewLoader, epoch: int) -> float:
-        """The mean loss of an epoch on this rank."""
+        """The mean loss of an epoch on this rank, of the head of base_lr."""
         reader = self.reader
         classifier.train()
         losses: list[Tensor] = []
         for batch in loader.epoch(epoch):
             images = to_float(batch.views[0], reader.device, reader.mean, reader.std)
-            loss = engine(images, batch.labels.to(reader.device))
-            engine.backward(loss)
+            total, loss = engine(images, batch.labels.to(reader.device))
+            engine.backward(total)
             engine.step()
-            losses.append(loss.detach())
+            losses.append(loss)
         return float(torch.stack(losses).mean())
 
     @torch.no_grad()
-    def _evaluate(self, classifier: Classifier) -> dict[str, float]:
-        """Top-1 and top-5 in percent of all val images, each counted once over all ranks."""
+    def _evaluate(self, classifier: Classifier) -> Scores:
+        """Each head's top-1 and top-5 in percent of all val images, each counted once over all ranks."""
         assert self.data.val is not None
         reader = self.reader
         centre = CenterView(size=reader.size, resize=reader.resize)
@@ -141,24 +155,39 @@ class Training:
             num_workers=reader.num_workers, shuffle=False, drop_last=False,
         )  # fmt: skip
         classifier.eval()
-        counts = torch.zeros(3, dtype=torch.float64, device=reader.device)
+        counts = torch.zeros(len(self.settings.rates), 3, dtype=torch.float64, device=reader.device)
         for batch in loader.epoch(0):
-            logits = classifier.logits(to_float(batch.views[0], reader.device, reader.mean, reader.std))
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels.to(reader.device)[:, None]
-            counts += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), torch.tensor(len(hits), device=reader.device)])
+            labels = batch.labels.to(reader.device)
+            each = classifier.logits(to_float(batch.views[0], reader.device, reader.mean, reader.std))
+            counts += torch.stack([count_hits(logits, labels) for logits in each])
         loader.close()
-        top1, top5, total = distributed.sum_over_ranks(counts).tolist()
-        return {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "num_images": int(total)}
+        return {
+            rate: {"top1": 100 * top1 / total, "top5": 100 * top5 / total, "num_images": int(total)}
+            for rate, (top1, top5, total) in zip(
+                self.settings.rates, distributed.sum_over_ranks(counts).tolist(), strict=True
+            )
+        }
+
+
+def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, C) logits -> (3,): how many labels come first, how many are among the first five, and B."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), torch.tensor(len(hits), device=hits.device)])
 
 
 def build_sgd(classifier: Classifier, settings: Classification) -> torch.optim.SGD | LARS:
-    """SGD or LARS over what is trained; a head may learn faster than its network. LARS adapts no 1-D parameters."""
-    parts: list[tuple[nn.Module, float]] = [(classifier.head, settings.head_lr_factor)]
+    """SGD or LARS over what is trained, each head in groups of its own, since each has a rate of its own.
+
+    A head may learn faster than its network. LARS adapts no 1-D parameters.
+    """
+    heads = zip(classifier.heads, settings.rates, strict=True)
+    parts: list[tuple[nn.Module, float, float]] = [(head, rate, settings.head_lr_factor) for head, rate in heads]
     if classifier.trains_network:
-        parts.insert(0, (classifier.network, 1.0))
+        parts.insert(0, (classifier.network, settings.base_lr, 1.0))
+    shared = {"weight_decay": settings.weight_decay}
     groups: list[dict[str, Any]] = [
-        {"params": members, "factor": factor, "adapts": adapts, "weight_decay": settings.weight_decay}
-        for part, factor in parts
+        {"params": members, "base_lr": rate, "factor": factor, "adapts": adapts, **shared}
+        for part, rate, factor in parts
         for adapts in (True, False)
         if (members := [p for p in part.parameters() if (p.ndim > 1) == adapts])
     ]
@@ -168,10 +197,14 @@ def build_sgd(classifier: Classifier, settings: Classification) -> torch.optim.S
 
 
 def set_rate(optimizer: torch.optim.Optimizer, settings: Classification, epoch: int) -> None:
-    """This epoch's learning rate: by half a cosine, or a tenth after each milestone."""
-    peak = settings.base_lr * settings.global_batch / 256
-    rate = settings.final_lr + (peak - settings.final_lr) * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
-    if settings.milestones:
-        rate = peak * 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
+    """This epoch's learning rate of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group["lr"] = rate_at(epoch, group["base_lr"], settings) * group["factor"]
+
+
+def rate_at(epoch: int, base_lr: float, settings: Classification) -> float:
+    """From base_lr by half a cosine, or a tenth after each milestone."""
+    peak = base_lr * settings.global_batch / 256
+    if settings.milestones:
+        return peak * 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
+    return settings.final_lr + (peak - settings.final_lr) * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2

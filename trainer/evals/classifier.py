@@ -1,6 +1,7 @@
 """A network with a classifier on it: what the linear probe, few labels, transfer and fine-tuning train."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -33,13 +34,28 @@ class ClassTokens(nn.Module):
 class Classifier(nn.Module):
     """A network and a head on its features; the loss is its output, which is what an engine wraps.
 
+    others: further heads on the same features; no head's loss reaches another's weights
     bf16: both run under bfloat16 autocast, in here: DeepSpeed switches off what is set outside of its engine
     """
 
-    def __init__(self, network: nn.Module, head: nn.Module, *, trains_network: bool, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        head: nn.Module,
+        others: Iterable[nn.Module] = (),
+        *,
+        trains_network: bool,
+        bf16: bool = False,
+    ) -> None:
         super().__init__()
         self.network, self.head, self.trains_network, self.bf16 = network, head, trains_network, bf16
+        self.others = nn.ModuleList(others)
         network.requires_grad_(trains_network)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """All of them, in the order of the settings' rates."""
+        return [self.head, *self.others]
 
     def train(self, mode: bool = True) -> "Classifier":
         """A frozen network stays in eval mode."""
@@ -47,17 +63,20 @@ class Classifier(nn.Module):
         self.network.train(mode and self.trains_network)
         return self
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C) in fp32."""
+    def logits(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, S, S) -> (B, C) in fp32 of each head; the network runs once."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.set_grad_enabled(self.trains_network and torch.is_grad_enabled()):
                 features = self.network(images)
-            logits: Tensor = self.head(features)
-        return logits.float()
+            return [head(features).float() for head in self.heads]
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy."""
-        return F.cross_entropy(self.logits(images), labels)
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of all heads' cross-entropies, and the first head's alone, which another's divergence leaves finite.
+
+        A sum and not a mean: so each head gets the gradients that it would get alone.
+        """
+        losses = torch.stack([F.cross_entropy(logits, labels) for logits in self.logits(images)])
+        return losses.sum(), losses[0].detach()
 
 
 def build_classifier(
@@ -69,7 +88,7 @@ def build_classifier(
     seed: int,
     bf16: bool = False,
 ) -> Classifier:
-    """The network with a fresh head, the same on every rank.
+    """The network with a fresh head, the same on every rank, and a copy of it for each further rate.
 
     projection: the tensors of the run's projection head, for head: projection
     raises: RecipeError if the head has nothing to start from
@@ -85,7 +104,8 @@ def build_classifier(
             head = nn.Sequential(nn.BatchNorm1d(width), _linear(width, num_classes))
         case "linear":
             head = _linear(width, num_classes)
-    return Classifier(network, head, trains_network=settings.trains == "all", bf16=bf16)
+    others = (copy.deepcopy(head) for _ in settings.rates[1:])
+    return Classifier(network, head, others, trains_network=settings.trains == "all", bf16=bf16)
 
 
 def _linear(width: int, num_classes: int) -> nn.Linear:

@@ -68,7 +68,7 @@ def _report(source: Source, protocol: str, settings: dict[str, Any], results: Re
     }
 
 
-HIDDEN = ("num_images", "weight_decay", "_small", "_medium", "_large")
+HIDDEN = ("num_images", "weight_decay", "base_lr", "_small", "_medium", "_large")
 """Measures, or how they end, that stand in the report only."""
 TITLES = {"top1": "top-1 %", "top5": "top-5 %", "rank_me": "RankMe", "feature_std": "std x sqrt(D)"}
 
