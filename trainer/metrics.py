@@ -125,7 +125,7 @@ class MetricLog:
             self._bar.update(self._task, completed=done, description=line)
             self._bar.start()
         else:
-            log.info("step %d/%d  %s  ETA %s", done, self._num_steps, line, _clock(self._eta_s(done)))
+            log.info("step %d/%d  %s  ETA %s", done, self._num_steps, line, clock(self._eta_s(done)))
 
     def _eta_s(self, done: int) -> float:
         return (time.monotonic() - self._started) / (done - self._first_step) * (self._num_steps - done)
@@ -176,7 +176,8 @@ def _progress_bar() -> Progress | None:
     return Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:08:22."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trainer.assemble import build_method, build_teacher, check_backbone, count_steps
 from trainer.loop import SUCCESS
+from trainer.metrics import clock
 from trainer.recipe import Recipe, RecipeError
 from trainer.recipe_file import load_recipe, read_yaml
 from trainer.show import cost_of
@@ -126,7 +127,7 @@ def sweep(path: Path, overrides: Sequence[str], *, out: Path | None, launcher: s
 def _eta(began: float, done: int, *, left: int) -> str:
     if not done:
         return ""
-    return f"; about {(time.monotonic() - began) / done * left / 60:.0f} min left"
+    return f"; ETA {clock((time.monotonic() - began) / done * left)}"
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -5,12 +5,14 @@ import dataclasses
 import logging
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from data_prep.schema import open_beton
 from trainer import distributed, weights
 from trainer.data.loader import ViewLoader
 from trainer.data.photometric import to_float
@@ -20,11 +22,12 @@ from trainer.engine import build_engine, plain_config
 from trainer.evals.classifier import Classifier, build_classifier
 from trainer.evals.features import ImageReader, reader_of
 from trainer.evals.labels import count_classes
+from trainer.evals.linear import folds
 from trainer.evals.resumable import Resumable, eta
 from trainer.evals.sources import Results, Source
 from trainer.lars import LARS
 from trainer.models.backbones import synchronise_batchnorm
-from trainer.protocols import Classification
+from trainer.protocols import Classification, Evals, Linear, LinearViT
 from trainer.recipe import Data, RecipeError
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ WHOLE = {"scale": (1.0, 1.0), "ratio": (0.02, 50.0)}
 """No crop of all the area has another shape than the image, so the kernel falls back to the image itself."""
 SWEEP = ("sweep", "rate")
 """Settings that a report states only with a sweep, so that one without compares with those that knew none."""
+HELD_OUT = 10
+"""Under `rate: held_out`, one of so many train images is kept from the heads that the rate is chosen by."""
 Scores = dict[float, dict[str, float]]
 """base_lr -> measure -> value."""
 
@@ -40,9 +45,7 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     """Train and measure every network of the source, `repeats` times each."""
     recipe = source.recipe
     results: Results = {}
-    settings: Classification = getattr(recipe.evals, protocol)
-    if protocol == "linear" and any(isinstance(each, VisionTransformer) for each in source.networks.values()):
-        settings = recipe.evals.linear_vit
+    settings = settings_of(recipe.evals, protocol, list(source.networks.values()))
     if protocol.startswith("semi") and recipe.data.subset is None:
         raise RecipeError(
             f"{protocol} trains on few labelled images: give data.subset=LIST, a text file with their names, such as "
@@ -53,24 +56,47 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     for name, network in source.networks.items():
         folder = source.folders.get(name)
         projection = weights.load_head(folder) if folder and settings.head == "projection" else {}
-        scores = []
+        scores: list[Scores] = []
+        choosing: list[Scores] = []
         for seed in range(recipe.seed, recipe.seed + settings.repeats):
-            classifier = build_classifier(
-                copy.deepcopy(network), settings, num_classes, projection, seed=seed, bf16=reader.bf16
-            )
             training = Training(recipe.data, settings, reader, seed, f"{protocol} of {name}")
-            scores.append(training.run(classifier, source.resumable(name, seed, every)))
-        results[name] = summary(scores, settings)
+            for each in [training.held_out(), training] if settings.rate == "held_out" else [training]:
+                classifier = build_classifier(
+                    copy.deepcopy(network), settings, num_classes, projection, seed=seed, bf16=reader.bf16
+                )
+                kept = source.resumable(name, seed, every, part="-rate" if each.split else "")
+                (choosing if each.split else scores).append(each.run(classifier, kept))
+        results[name] = summary(scores, settings, choosing or scores)
     return every if settings.sweep else {key: every[key] for key in every if key not in SWEEP}, results
 
 
-def summary(scores: list[Scores], settings: Classification) -> dict[str, float]:
-    """Of one network's trainings: what the head of the rate that counts reached, and beside it each rate's top-1."""
+def settings_of(evals: Evals, protocol: str, networks: Sequence[nn.Module]) -> Classification:
+    """The protocol's settings; of `linear` those for the kind of network.
+
+    raises: RecipeError if those for the other kind were changed, which would change nothing
+    """
+    if protocol != "linear":
+        settings: Classification = getattr(evals, protocol)
+        return settings
+    if any(isinstance(each, VisionTransformer) for each in networks):
+        if evals.linear != Linear():
+            raise RecipeError("evals.linear was changed, and vision transformers read evals.linear_vit; change that")
+        return evals.linear_vit
+    if evals.linear_vit != LinearViT():
+        raise RecipeError("evals.linear_vit was changed, and this network reads evals.linear; change that")
+    return evals.linear
+
+
+def summary(scores: list[Scores], settings: Classification, choosing: list[Scores]) -> dict[str, float]:
+    """Of one network's trainings: what the head of the rate that counts reached, and beside it each rate's top-1.
+
+    choosing: on which images the rate is chosen, unless it is base_lr
+    """
     by_rate = {rate: mean_and_spread([score[rate] for score in scores]) for rate in settings.rates}
-    best = max(by_rate, key=lambda rate: by_rate[rate]["top1"])
-    rate = best if settings.rate == "val" else settings.base_lr
     if not settings.sweep:
-        return by_rate[rate]
+        return by_rate[settings.base_lr]
+    judged = {rate: mean_and_spread([score[rate] for score in choosing])["top1"] for rate in settings.rates}
+    rate = settings.base_lr if settings.rate == "base_lr" else max(judged, key=lambda each: judged[each])
     return by_rate[rate] | {"base_lr": rate} | {f"top1_at_{each}": by_rate[each]["top1"] for each in sorted(by_rate)}
 
 
@@ -93,9 +119,17 @@ class Training:
     """How val images are read; train images are cut to the same size."""
     seed: int
     name: str
+    split: tuple[list[int], list[int]] | None = None
+    """Train images that it sees, and others that judge it in place of the val images; by default it sees them all."""
+
+    def held_out(self) -> "Training":
+        """The same without a tenth of the train images, always the same ones, which judge it."""
+        every = self._images() or list(range(open_beton(self.data.train).num_samples))
+        judges, seen = (torch.tensor(every)[rows].tolist() for rows in folds(len(every), HELD_OUT)[0])
+        return dataclasses.replace(self, split=(seen, judges), name=f"{self.name}, rates on held-out images,")
 
     def run(self, classifier: Classifier, kept: Resumable) -> Scores:
-        """Top-1 and top-5 on the val images, each counted once, after the last epoch or the best one of each rate."""
+        """Top-1 and top-5 on the images that judge, each counted once, after the last epoch or each rate's best."""
         device, settings = self.reader.device, self.settings
         synchronise_batchnorm(classifier.to(device), device)
         loader = self._loader()
@@ -118,12 +152,14 @@ class Training:
         world, settings, data = distributed.world(), self.settings, self.data
         if settings.global_batch % world:
             raise RecipeError(f"{self.name}: global_batch {settings.global_batch} must divide over {world} ranks")
-        subset = read_subset(data.train, data.subset)
         return ViewLoader(
             data.train, [self._crop(flip_prob=0.5)], batch_size=settings.global_batch // world, seed=self.seed,
-            rank=distributed.rank(), world=world, num_workers=data.num_workers, subset=subset,
+            rank=distributed.rank(), world=world, num_workers=data.num_workers, subset=self._images(),
             on_bad_image=data.on_bad_image,
         )  # fmt: skip
+
+    def _images(self) -> list[int] | None:
+        return self.split[0] if self.split else read_subset(self.data.train, self.data.subset)
 
     def _crop(self, *, flip_prob: float) -> View:
         box: dict[str, Any] = WHOLE if self.settings.crop == "squash" else {"scale": self.settings.scale}
@@ -145,14 +181,15 @@ class Training:
 
     @torch.no_grad()
     def _evaluate(self, classifier: Classifier) -> Scores:
-        """Each head's top-1 and top-5 in percent of all val images, each counted once over all ranks."""
+        """Each head's top-1 and top-5 in percent of all images that judge, each counted once over all ranks."""
         assert self.data.val is not None
+        beton, subset = (self.data.train, self.split[1]) if self.split else (self.data.val, None)
         reader = self.reader
         centre = CenterView(size=reader.size, resize=reader.resize)
         view = self._crop(flip_prob=0.0) if self.settings.crop == "squash" else centre
         loader = ViewLoader(
-            self.data.val, [view], batch_size=reader.batch_size, rank=distributed.rank(), world=distributed.world(),
-            num_workers=reader.num_workers, shuffle=False, drop_last=False,
+            beton, [view], batch_size=reader.batch_size, rank=distributed.rank(), world=distributed.world(),
+            num_workers=reader.num_workers, shuffle=False, drop_last=False, subset=subset,
         )  # fmt: skip
         classifier.eval()
         counts = torch.zeros(len(self.settings.rates), 3, dtype=torch.float64, device=reader.device)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainer import distributed
+from trainer.metrics import clock
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,6 @@ def eta(first: int, total: int) -> Callable[[int], str]:
     started = time.monotonic()
 
     def left(step: int) -> str:
-        seconds = (time.monotonic() - started) / (step + 1 - first) * (total - step - 1)
-        hours, minutes = divmod(round(seconds / 60), 60)
-        return f"{hours}:{minutes:02d} h"
+        return clock((time.monotonic() - started) / (step + 1 - first) * (total - step - 1))
 
     return left

@@ -59,15 +59,16 @@ class Source:
         plain = self.recipe.plain()["data"]
         return {name: _data_id(Path(plain[name])) for name in ("train", "val", "subset") if plain.get(name)}
 
-    def resumable(self, name: str, seed: int, settings: dict[str, Any]) -> Resumable:
+    def resumable(self, name: str, seed: int, settings: dict[str, Any], part: str = "") -> Resumable:
         """Where a training of the protocol on one of the networks lives until the report is written.
 
         settings: what the report will state of the protocol; those of others make no other training
+        part: names one of several trainings on the network
         """
         views = self.recipe.views
         colours = [list(views.mean), list(views.std)]
         parts = [self.report.stem, settings, colours, self.data(), self.origins[name], seed]
-        path = self.report.with_name(f".{self.report.stem}-{name}-{seed}.pt")
+        path = self.report.with_name(f".{self.report.stem}-{name}{part}-{seed}.pt")
         return Resumable(path, json.dumps(parts, sort_keys=True))
 
     def forget_trainings(self) -> None:
