@@ -76,9 +76,12 @@ demo: setup ## pre-train and evaluate on generated images, or DATA=folder with t
 	@echo "== What the network has learnt"
 	$(LAUNCH) evaluate $(RUN) --protocol knn
 
-test: setup check ## the checks, then every test; ARGS='-k word' for some
+# A file's tests stay together, since they share what they trained. A test with ranks leaves a core idle half of the time.
+WORKERS ?= 2
+
+test: setup check ## the checks, then every test; ARGS='-k word' for some, WORKERS=0 for one after the other
 	@echo "== Tests"
-	python -m pytest $(ARGS)
+	python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-cluster: setup ## two hosts on this machine, over ssh and without; as root, it installs openssh-server and pdsh
 	@scripts/cluster_packages.sh
