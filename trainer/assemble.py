@@ -69,6 +69,8 @@ def count_steps(recipe: Recipe) -> int:
             f"data.train {recipe.data.train} holds {num_samples} images{'' if subset is None else ' of data.subset'}, "
             f"less than one global batch of {recipe.optim.global_batch}; lower optim.global_batch or give more images"
         )
+    if recipe.data.val is not None and recipe.evals.knn.every_epochs and recipe.evals.knn.k > num_samples:
+        raise RecipeError(f"evals.knn.k is {recipe.evals.knn.k}, and data.train holds {num_samples} images; lower it")
     return num_samples // recipe.optim.global_batch
 
 

@@ -104,6 +104,13 @@ class Classification:
         at_least(self, epochs=1, global_batch=1, final_lr=0, weight_decay=0, repeats=1)
         if not self.base_lr > 0:
             raise ValueError(f"base_lr must be above 0, got {self.base_lr}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be a lower and an upper fraction in (0, 1], got {list(self.scale)}")
+        if any(milestone >= self.epochs for milestone in self.milestones):
+            raise ValueError(
+                f"milestones {list(self.milestones)} lie behind the last of {self.epochs} epochs, so that the rate "
+                "would not fall; give milestones too, or [] for a cosine"
+            )
         if not all(rate > 0 for rate in self.sweep):
             raise ValueError(f"sweep must name learning rates above 0, got {list(self.sweep)}")
         if self.sweep and self.trains == "all":

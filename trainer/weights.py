@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -166,10 +166,19 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     config = read_config(folder)
     network = build(config)
     where = f"{folder}: {config['architecture']} {config.get('model_args', {})}"
-    load_strictly(network, load_file(folder / MODEL), where)
+    load_strictly(network, read_tensors(folder / MODEL), where)
     if is_gated(network):
         always_hard(network)
     return network, config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds; WeightsError if it is damaged."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: wanted safetensors, got a damaged file ({error}); copy it anew") from None
+    return tensors
 
 
 def build(config: dict[str, Any], *, init: Literal["reference", "timm"] = "timm") -> nn.Module:
@@ -222,7 +231,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in (MODEL, CONFIG):
         if not (folder / name).is_file():
             raise WeightsError(f"{folder}: no {name}; wanted a folder such as runs/NAME/weights/student")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{folder / CONFIG}: wanted JSON, got a damaged file ({error}); copy it anew") from None
     return config
 
 

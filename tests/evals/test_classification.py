@@ -27,8 +27,9 @@ from trainer.evals.classification import WHOLE, Scores, Training, mean_and_sprea
 from trainer.evals.classifier import Classifier, ClassTokens, build_classifier
 from trainer.evals.features import ImageReader
 from trainer.evals.resumable import Resumable
+from trainer.guards import TrainingError
 from trainer.models.backbones import Backbone, build_backbone
-from trainer.models.heads import DINOHead, MoCoHead, SwAVHead
+from trainer.models.heads import DINOHead, MoCoHead, MSNHead, SwAVHead
 from trainer.protocols import Classification, FineTuning, Linear, Transfer
 from trainer.recipe import Data, RecipeError
 
@@ -54,9 +55,11 @@ def uneven(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "val.beton"
 
 
-def classifier(settings: Classification, projection: dict[str, torch.Tensor] | None = None) -> Classifier:
+def classifier(
+    settings: Classification, projection: dict[str, torch.Tensor] | None = None, method: str | None = None
+) -> Classifier:
     torch.manual_seed(5)
-    return build_classifier(build_backbone(TINY), settings, 12, projection or {}, seed=3)
+    return build_classifier(build_backbone(TINY), settings, 12, projection or {}, seed=3, method=method)
 
 
 def trained(
@@ -159,17 +162,18 @@ def test_a_frozen_network_stays_as_it_was(synthetic: Path, uneven: Path, tmp_pat
     assert model.head[0].num_batches_tracked == 3 * 8, "the head's BatchNorm does follow"  # type: ignore[index]
 
 
-@pytest.mark.parametrize("head", ["dino", "swav", "moco"])
+@pytest.mark.parametrize("head", ["dino", "swav", "moco", "msn"])
 def test_few_labels_start_from_the_hidden_layers_of_the_projection_head(head: str) -> None:
     torch.manual_seed(0)
     module: Any = {
         "dino": DINOHead(16, hidden_dim=6, bottleneck_dim=4, num_prototypes=9, norm=True, train_gain=False),
         "swav": SwAVHead(16, hidden_dim=6, out_dim=4),
         "moco": MoCoHead(16, hidden_dim=6, out_dim=4),
+        "msn": MSNHead(16, hidden_dim=6, out_dim=4, norm=True),
     }[head]
     for norm in (each for each in module.modules() if isinstance(each, nn.BatchNorm1d)):
         nn.init.uniform_(norm.running_mean)
-    ours = classifier(Classification(head="projection"), module.state_dict()).head.eval()
+    ours = classifier(Classification(head="projection"), module.state_dict(), head).head.eval()
     features, hidden = torch.randn(5, 16), module.mlp.eval()[:-1]
     assert ours[-1].out_features == 12
     assert torch.equal(ours[:-1](features), hidden(features))
@@ -178,6 +182,26 @@ def test_few_labels_start_from_the_hidden_layers_of_the_projection_head(head: st
 def test_without_a_projection_head_few_labels_say_what_to_do() -> None:
     with pytest.raises(RecipeError, match="head=linear"):
         classifier(Classification(head="projection"))
+
+
+def test_a_training_that_diverges_ends_with_its_rate(synthetic: Path, tmp_path: Path) -> None:
+    settings = FineTuning(base_lr=1e30, **SMALL)
+    with pytest.raises(TrainingError, match=r"the loss of epoch \d is (nan|inf); .* Lower its base_lr, 1e\+30"):
+        trained(synthetic / "train.beton", synthetic / "val.beton", settings, tmp_path / "state.pt")
+
+
+def test_settings_that_would_do_nothing_or_fail_later_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"milestones \[8, 16, 24\] lie behind the last of 5 epochs"):
+        Transfer(epochs=5)
+    with pytest.raises(ValueError, match=r"scale must be a lower and an upper fraction in \(0, 1\], got \[1.0, 0.5\]"):
+        Linear(scale=(1.0, 0.5))
+
+
+def test_a_vit_without_class_token_is_refused_where_its_class_token_is_read() -> None:
+    args = {"img_size": 32, "embed_dim": 12, "depth": 4, "class_token": False, "global_pool": "avg"}
+    vit = build_backbone(Backbone(name="vit_tiny_patch16_224", args=args))
+    with pytest.raises(RecipeError, match="this one has none; take linear_cached"):
+        build_classifier(vit, Transfer(), 3, {}, seed=0)
 
 
 def test_in_bfloat16_logits_and_weights_stay_in_fp32() -> None:

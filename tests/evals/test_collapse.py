@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.evals.test_sources import TINY, data
 from trainer import weights
 from trainer.__main__ import main as trainer
-from trainer.evals.collapse import alignment, prototype_logits, prototype_use, uniformity
+from trainer.evals.collapse import alignment, drawn, prototype_logits, prototype_use, uniformity
 from trainer.models.backbones import build_backbone
 from trainer.models.heads import CosinePrototypes, DINOHead, MSNHead, Prototypes, SwAVHead
 from trainer.teachers.heads import head_of
@@ -29,6 +29,15 @@ def test_uniformity_is_the_mean_of_the_papers_kernel() -> None:
     pairs = [4.0, 2.0, 2.0]
     assert uniformity(corners) == pytest.approx(math.log(sum(math.exp(-2 * each) for each in pairs) / 3))
     assert uniformity(torch.ones(9, 4)) == pytest.approx(0, abs=1e-9)
+
+
+def test_of_many_images_those_drawn_are_of_every_class_and_always_the_same() -> None:
+    class_by_class = torch.arange(100).repeat_interleave(50)[:, None]
+    few = drawn(class_by_class, 1000)
+    assert len(few) == 1000
+    assert len(few.unique()) == 100
+    assert torch.equal(few, drawn(class_by_class, 1000))
+    assert torch.equal(drawn(class_by_class, 5000), class_by_class)
 
 
 def test_prototypes_that_nobody_meets_are_counted_out() -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch.nn import functional as F
+from sklearn.preprocessing import StandardScaler, normalize
 
 from tests.evals.test_linear import blobs
 from trainer.evals.features import Features
-from trainer.evals.lowshot import few_of_each_class, lowshot_accuracy
+from trainer.evals.lowshot import few_of_each_class, lowshot_accuracy, preprocess
 from trainer.protocols import LowShot
 from trainer.recipe import RecipeError
 
@@ -26,14 +26,22 @@ def test_it_is_the_classifier_of_scikit_learn(penalty: float) -> None:
     train, val = blobs(200, spread=1.0, seed=1), blobs(300, spread=1.0, seed=2)
     ours = lowshot_accuracy(train, val, LowShot(images_per_class=(3,), splits=1, penalty=penalty), seed=7)
     few = few_of_each_class(train.labels, 3, seed=7)
-    centre = train.vectors[few].mean(0)
     vectors, queries = (
-        F.normalize(each - centre, dim=1).double().numpy() for each in (train.vectors[few], val.vectors)
+        StandardScaler(with_std=False).fit_transform(each.double().numpy().T).T
+        for each in (train.vectors[few], val.vectors)
     )
+    vectors, queries = normalize(vectors), normalize(queries)
     theirs = LogisticRegression(C=1 / penalty, fit_intercept=False, tol=1e-10, max_iter=10_000)
     expected = 100 * theirs.fit(vectors, train.labels[few].numpy()).score(queries, val.labels.numpy())
     assert ours["top1_3"] == pytest.approx(expected, abs=0.7), "at most two of 300 images may stand on the border"
     assert 100 / 4 < ours["top1_3"] < 100
+
+
+def test_features_are_prepared_row_by_row() -> None:
+    rows = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 7.0]])
+    expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]) / torch.tensor([[14.0], [6.0]]).sqrt()
+    torch.testing.assert_close(preprocess(rows), expected)
+    torch.testing.assert_close(preprocess(rows[1:]), expected[1:], msg="no image depends on the others")
 
 
 def test_more_images_know_more_and_the_splits_spread() -> None:

@@ -14,6 +14,7 @@ from trainer.evals.features import reader_of
 from trainer.evals.sources import open_source
 from trainer.models.backbones import Backbone, build_backbone
 from trainer.recipe import RecipeError
+from trainer.weights import WeightsError
 
 TINY = Backbone(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8})
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -106,6 +107,58 @@ def test_results_on_one_data_set_do_not_replace_those_on_another(synthetic: Path
         assert trainer(["evaluate", str(folder), "--protocol", "knn", *images]) == 0
     reports = [json.loads(path.read_text()) for path in sorted((folder / "evals").glob("knn-*.json"))]
     assert [Path(each["data"]["train"]["path"]).name for each in reports] == ["train.beton", "val.beton"]
+
+
+def test_a_second_evaluation_loses_nothing_of_the_first(synthetic: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "out", "student")
+    command = ["evaluate", str(folder), "--protocol", "knn", *data(synthetic)]
+    assert trainer([*command, "--networks", "student"]) == 0
+    (path,) = (folder / "evals").glob("knn-*")
+    student = json.loads(path.read_text())["results"]["student"]
+    assert trainer([*command, "--networks", "untrained"]) == 0
+    both = json.loads(path.read_text())["results"]
+    assert set(both) == {"student", "untrained"}, "all else is equal, so they stand side by side"
+    assert both["student"] == student
+    assert trainer([*command, "--networks", "untrained", "evals.knn.k=4"]) == 0
+    assert set(json.loads(path.read_text())["results"]) == {"untrained"}
+    assert json.loads(path.with_suffix(".json.old").read_text())["results"] == both
+    save(folder, "student", "student")
+    assert trainer([*command, "--networks", "student", "evals.knn.k=4"]) == 0
+    save(folder, "student")
+    assert trainer([*command, "--networks", "untrained", "evals.knn.k=4"]) == 0
+    assert set(json.loads(path.read_text())["results"]) == {"untrained"}, "the student of then had other weights"
+
+
+def test_by_default_the_student_is_trained_whatever_lies_beside_it(synthetic: Path, tmp_path: Path) -> None:
+    source = open_source(save(tmp_path, "gated", "sliced_50", "student", "teacher"), "finetune", data(synthetic))
+    assert source.default == "student"
+    assert open_source(tmp_path / "teacher", "finetune", data(synthetic)).default == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "said"),
+    [
+        ("linear", ["--networks", "untrained,pixels"], "linear trains networks, and pixels are none"),
+        ("linear_online", ["--networks", "untrained"], "linear_online is of the student alone"),
+        ("knn", ["evals.knn.k=97"], "evals.knn.k is 97, and there are 96 train images; lower it"),
+    ],
+)
+def test_what_a_protocol_cannot_do_is_said(
+    protocol: str, options: list[str], said: str, synthetic: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tmp_path, "student")
+    assert trainer(["evaluate", str(folder), "--protocol", protocol, *data(synthetic), *options]) == 2
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("model.safetensors", "wanted safetensors"), ("config.json", "wanted JSON")]
+)
+def test_a_damaged_file_is_named(name: str, said: str, synthetic: Path, tmp_path: Path) -> None:
+    path = save(tmp_path, "student") / "student" / name
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(WeightsError, match=f"{name}: {said}, got a damaged file"):
+        open_source(tmp_path, "knn", data(synthetic))
 
 
 def test_another_protocols_settings_do_not_start_a_stopped_training_anew(synthetic: Path, tmp_path: Path) -> None:

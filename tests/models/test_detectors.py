@@ -60,6 +60,17 @@ def test_the_last_map_of_mobilenetv2_is_the_one_that_its_features_are_the_mean_o
         assert torch.allclose(stages(images)[-1].mean((2, 3)), network(images), atol=1e-6)
 
 
+def test_networks_that_take_images_of_one_size_only_are_refused_and_others_are_left_as_they_were() -> None:
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, depths=(1, 1, 1, 1), embed_dim=24)
+    with pytest.raises(ValueError, match="takes no image of 96 x 160 pixels"):
+        detector(swin)
+    resnet = timm.create_model("resnet18", num_classes=0)
+    before = {key: value.clone() for key, value in resnet.state_dict().items()}
+    assert detector(resnet).training
+    assert resnet.training
+    assert all(torch.equal(value, before[key]) for key, value in resnet.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit"])
 def test_a_vision_transformer_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"has feature maps at strides \[16\] and a detector needs \[4, 8, 16, 32\]"):

@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from trainer.evals.labels import count_classes
 from trainer.evals.linear import folds
 from trainer.evals.resumable import Resumable, eta
 from trainer.evals.sources import Results, Source
+from trainer.guards import TrainingError
 from trainer.lars import LARS
 from trainer.models.backbones import synchronise_batchnorm
 from trainer.protocols import Classification, Evals, Linear, LinearViT
@@ -55,19 +57,31 @@ def run(source: Source, protocol: str) -> tuple[dict[str, Any], Results]:
     num_classes, every = count_classes(recipe.data), dataclasses.asdict(settings) | reader.stated()
     for name, network in source.networks.items():
         folder = source.folders.get(name)
-        projection = weights.load_head(folder) if folder and settings.head == "projection" else {}
+        projection, method = _projection_of(folder) if folder and settings.head == "projection" else ({}, None)
         scores: list[Scores] = []
         choosing: list[Scores] = []
         for seed in range(recipe.seed, recipe.seed + settings.repeats):
             training = Training(recipe.data, settings, reader, seed, f"{protocol} of {name}")
             for each in [training.held_out(), training] if settings.rate == "held_out" else [training]:
                 classifier = build_classifier(
-                    copy.deepcopy(network), settings, num_classes, projection, seed=seed, bf16=reader.bf16
+                    copy.deepcopy(network),
+                    settings,
+                    num_classes,
+                    projection,
+                    seed=seed,
+                    method=method,
+                    bf16=reader.bf16,
                 )
                 kept = source.resumable(name, seed, every, part="-rate" if each.split else "")
                 (choosing if each.split else scores).append(each.run(classifier, kept))
         results[name] = summary(scores, settings, choosing or scores)
     return every if settings.sweep else {key: every[key] for key in every if key not in SWEEP}, results
+
+
+def _projection_of(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of the projection head beside the weights, and the method that it is of."""
+    spec = weights.spec_of_head(folder)
+    return weights.load_head(folder), spec.method if spec else None
 
 
 def settings_of(evals: Evals, protocol: str, networks: Sequence[nn.Module]) -> Classification:
@@ -140,6 +154,11 @@ class Training:
         for epoch in range(first, settings.epochs):
             set_rate(optimizer, settings, epoch)
             loss = self._train_epoch(engine, classifier, loader, epoch)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"{self.name}: the loss of epoch {epoch + 1} is {loss}; nothing was kept of it. Lower its base_lr, "
+                    f"{settings.base_lr} for 256 images"
+                )
             if settings.select == "best" or epoch + 1 == settings.epochs:
                 scores.append(self._evaluate(classifier))
             kept.save(epoch + 1, scores)
@@ -167,7 +186,7 @@ class Training:
         return View(size=self.reader.size, flip_prob=flip_prob, **box, **plain)
 
     def _train_epoch(self, engine: Any, classifier: Classifier, loader: ViewLoader, epoch: int) -> float:
-        """The mean loss of an epoch on this rank, of the head of base_lr."""
+        """The mean loss of an epoch over all ranks, of the head of base_lr."""
         reader = self.reader
         classifier.train()
         losses: list[Tensor] = []
@@ -177,7 +196,7 @@ class Training:
             engine.backward(total)
             engine.step()
             losses.append(loss)
-        return float(torch.stack(losses).mean())
+        return float(distributed.mean_over_ranks(torch.stack(losses).mean()))
 
     @torch.no_grad()
     def _evaluate(self, classifier: Classifier) -> Scores:

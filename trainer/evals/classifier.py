@@ -12,22 +12,31 @@ from trainer.models.backbones import num_features
 from trainer.models.heads import mlp
 from trainer.protocols import Classification
 from trainer.recipe import RecipeError
+from trainer.teachers.heads import ACTIVATIONS
 
 VIT_BLOCKS = 4
 """A ViT's linear probe sees the class tokens of so many last blocks. source: DINO, arXiv 2104.14294"""
 
 
 class ClassTokens(nn.Module):
-    """The class tokens of a ViT's last blocks, each through the final norm, side by side: (B, 4 D)."""
+    """The class tokens of a ViT's last blocks, side by side: (B, num_blocks * D).
 
-    def __init__(self, network: VisionTransformer) -> None:
+    norm: whether each goes through the final norm
+    raises: RecipeError if the network has no class token
+    """
+
+    def __init__(self, network: VisionTransformer, *, num_blocks: int = VIT_BLOCKS, norm: bool = True) -> None:
         super().__init__()
-        self.network = network
-        self.num_features = VIT_BLOCKS * num_features(network)
+        if not network.num_prefix_tokens:
+            raise RecipeError("this protocol reads a ViT's class token, and this one has none; take linear_cached")
+        self.network, self.num_blocks, self.norm = network, num_blocks, norm
+        self.num_features = num_blocks * num_features(network)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 4 D)."""
-        blocks = self.network.get_intermediate_layers(images, n=VIT_BLOCKS, return_prefix_tokens=True, norm=True)
+        """(B, 3, S, S) -> (B, num_blocks * D)."""
+        blocks = self.network.get_intermediate_layers(
+            images, n=self.num_blocks, return_prefix_tokens=True, norm=self.norm
+        )
         return torch.cat([prefix[:, 0] for _, prefix in blocks], dim=1)
 
 
@@ -86,11 +95,13 @@ def build_classifier(
     projection: Mapping[str, Tensor],
     *,
     seed: int,
+    method: str | None = None,
     bf16: bool = False,
 ) -> Classifier:
     """The network with a fresh head, the same on every rank, and a copy of it for each further rate.
 
     projection: the tensors of the run's projection head, for head: projection
+    method: whose head that is, if it says so
     raises: RecipeError if the head has nothing to start from
     """
     torch.manual_seed(seed)
@@ -99,7 +110,7 @@ def build_classifier(
     width = network.num_features if isinstance(network, ClassTokens) else num_features(network)
     match settings.head:
         case "projection":
-            head: nn.Module = _projection_head(width, num_classes, projection)
+            head: nn.Module = _projection_head(width, num_classes, projection, method)
         case "norm_linear":
             head = nn.Sequential(nn.BatchNorm1d(width), _linear(width, num_classes))
         case "linear":
@@ -116,7 +127,9 @@ def _linear(width: int, num_classes: int) -> nn.Linear:
     return layer
 
 
-def _projection_head(width: int, num_classes: int, projection: Mapping[str, Tensor]) -> nn.Sequential:
+def _projection_head(
+    width: int, num_classes: int, projection: Mapping[str, Tensor], method: str | None
+) -> nn.Sequential:
     """The hidden layers of the run's projection head, and a fresh linear layer on them.
 
     source: SSLight semi-supervised fine-tuning of DINO, with two hidden layers; SwAV's and MoCo's heads have one
@@ -126,9 +139,10 @@ def _projection_head(width: int, num_classes: int, projection: Mapping[str, Tens
     if not sizes or layers["0.weight"].shape[1] != width:
         raise RecipeError(
             f"head: projection starts from the projection head of a run on {width} features, and beside these weights "
-            "there is none (head.safetensors); set head=linear in the protocol's settings"
+            "there is none of such a form (head.safetensors); set head=linear in the protocol's settings"
         )
-    activation = nn.GELU if "last_layer.weight_v" in projection else nn.ReLU  # DINO's alone has prototypes inside
+    usual = nn.GELU if "last_layer.weight_v" in projection else nn.ReLU  # of heads that do not say whose they are
+    activation = ACTIVATIONS.get(method, usual) if method else usual
     norm = any(key.endswith("running_mean") for key in layers)
     head = mlp([width, *sizes[:-1], num_classes], activation=activation, norm=norm)
     last = f"{len(head) - 1}."

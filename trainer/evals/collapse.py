@@ -68,11 +68,19 @@ UNIFORMITY_T = 2.0
 def uniformity(features: Tensor) -> float:
     """log of the mean of exp(-t |x - y|^2) over pairs of unit-length features: 0 for one point, lower is more even.
 
-    features: (N, D); of more than 8,192 rows the first are taken
+    features: (N, D); of more than 8,192 rows so many are drawn, always the same
     source: Wang and Isola, arXiv 2005.10242, t 2
     """
-    unit = F.normalize(features[:8192].double(), dim=1)
+    unit = F.normalize(drawn(features, 8192).double(), dim=1)
     return float(torch.pdist(unit).square().mul(-UNIFORMITY_T).exp().mean().log())
+
+
+def drawn(features: Tensor, count: int) -> Tensor:
+    """At most so many rows: betons go class by class, so their first rows know few classes."""
+    if len(features) <= count:
+        return features
+    rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:count]
+    return features[rows.to(features.device)]
 
 
 def _head_of(folder: Path) -> FrozenHead | None:
@@ -108,10 +116,10 @@ def prototype_use(logits: Tensor) -> dict[str, float]:
 def rank_me(features: Tensor) -> float:
     """The effective number of directions: exp of the entropy of the normalised singular values, in [1, min(N, D)].
 
-    features: (N, D), not centred; of more than 25,600 rows the first are taken, as many as the paper takes
+    features: (N, D), not centred; of more than 25,600 rows, which the paper takes, so many are drawn, always the same
     source: RankMe, arXiv 2210.02885, equation 1
     """
-    values = torch.linalg.svdvals(features[:25_600].double())
+    values = torch.linalg.svdvals(drawn(features, 25_600).double())
     shares = values / values.sum() + 1e-7  # epsilon as in the paper
     return float(torch.exp(-(shares * shares.log()).sum()))
 

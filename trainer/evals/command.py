@@ -1,5 +1,6 @@
 """`trainer evaluate`: one protocol on a run, a table for people, a JSON with everything that the numbers depend on."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from rich.table import Table
 from trainer import distributed, protocols
 from trainer.evals import classification, collapse, detection, knn, linear, lowshot, probe
 from trainer.evals.sources import REFERENCES, Results, Source, open_source
+from trainer.recipe import RecipeError
 from trainer.run_dir import environment, write_json
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ TRAINED: dict[str, Run] = {
 EVALS = CACHED | TRAINED
 """The protocols by name; a new one is one file, one line here and its name in protocols.py."""
 assert tuple(EVALS) == protocols.EVALS
+CONDITIONS = ("protocol", "settings", "step", "seed", "data")
+"""What results must share to stand in one file."""
 
 
 def evaluate(named: Path, protocol: str, overrides: list[str], networks: Sequence[str] = ()) -> None:
@@ -44,11 +48,13 @@ def evaluate(named: Path, protocol: str, overrides: list[str], networks: Sequenc
     distributed.start(distributed.local_device())
     source = open_source(named, protocol, overrides)
     if networks or protocol in TRAINED:
-        source.choose(networks or [next(name for name in source.networks if name not in REFERENCES)])
+        source.choose(networks or [source.default])
+    if protocol in TRAINED and "pixels" in source.networks:
+        raise RecipeError(f"{protocol} trains networks, and pixels are none; name others in --networks")
     settings, results = EVALS[protocol](source)
     if distributed.is_main():
         source.report.parent.mkdir(exist_ok=True)
-        write_json(source.report, _report(source, protocol, settings, results))
+        write_json(source.report, _beside_earlier(_report(source, protocol, settings, results), source))
         source.forget_trainings()
         _print(protocol, source, settings, results)
         log.info("written to %s", source.report)
@@ -66,6 +72,20 @@ def _report(source: Source, protocol: str, settings: dict[str, Any], results: Re
         "results": {name: {"origin": source.origins[name], **values} for name, values in results.items()},
         "environment": environment(),
     }
+
+
+def _beside_earlier(report: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The report, with what its file said of other networks if all else is equal; otherwise that file is put aside."""
+    if not source.report.is_file():
+        return report
+    earlier, now = json.loads(source.report.read_text(encoding="utf-8")), json.loads(json.dumps(report))
+    if differing := [key for key in CONDITIONS if earlier[key] != now[key]]:
+        aside = source.report.with_suffix(".json.old")
+        source.report.replace(aside)
+        log.warning("%s was of another %s; it is %s now", source.report, " and ".join(differing), aside)
+        return report
+    others = {name: each for name, each in earlier["results"].items() if source.origins.get(name) == each["origin"]}
+    return report | {"results": others | report["results"]}
 
 
 HIDDEN = ("num_images", "weight_decay", "base_lr", "_small", "_medium", "_large")

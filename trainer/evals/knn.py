@@ -16,7 +16,7 @@ from trainer.methods.joint_embedding import Method
 from trainer.methods.teacher import EMATeacher
 from trainer.models.gating import InMode, is_gated
 from trainer.protocols import KNN
-from trainer.recipe import Data, Recipe
+from trainer.recipe import Data, Recipe, RecipeError
 
 
 @torch.no_grad()
@@ -76,6 +76,9 @@ def evaluate(
     raises: RecipeError if there are no val images, or images without a label
     """
     banks, queries = labelled_features(networks, data, reader)
+    num_images = min(len(bank.labels) for bank in banks.values())
+    if settings.k > num_images:
+        raise RecipeError(f"evals.knn.k is {settings.k}, and there are {num_images} train images; lower it")
     return {
         name: knn_accuracy(banks[name], queries[name], k=settings.k, temperature=settings.temperature)
         | {"rank_me": rank_me(queries[name].vectors), "feature_std": feature_std(queries[name].vectors)}

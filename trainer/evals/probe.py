@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from trainer import distributed, weights
 from trainer.evals.features import reader_of
@@ -29,6 +28,8 @@ def run(source: Source) -> tuple[dict[str, Any], Results]:
 
     raises: RecipeError if the run has no probe, or one for other classes
     """
+    if "student" not in source.networks:
+        raise RecipeError("linear_online is of the student alone; leave --networks away")
     num_classes, data = count_classes(source.recipe.data), source.recipe.data
     reader, probe = reader_of(source.recipe, distributed.local_device()), _load(source, num_classes)
     assert data.val is not None
@@ -45,7 +46,7 @@ def _load(source: Source, num_classes: int) -> LinearProbe:
             f"linear_online: wanted a run with `probe: true`, which leaves {weights.PROBE} beside its student, and "
             "there is none; take another run, or --protocol linear_cached"
         )
-    state = load_file(folder / weights.PROBE)
+    state = weights.read_tensors(folder / weights.PROBE)
     of_probe, num_features = state["classifier.weight"].shape
     if of_probe != num_classes:
         raise RecipeError(

@@ -45,6 +45,11 @@ class Source:
         """The networks, moved to the device."""
         return {name: network.to(device) for name, network in self.networks.items()}
 
+    @property
+    def default(self) -> str:
+        """The network that a protocol trains unless told: the student, or the first that was trained at all."""
+        return "student" if "student" in self.networks else next(n for n in self.networks if n not in REFERENCES)
+
     def choose(self, names: Sequence[str]) -> None:
         """Leave these networks only.
 
@@ -119,8 +124,13 @@ def _open_run(run_dir: Path, protocol: str, overrides: list[str]) -> Source:
     folders = sorted(path.parent for path in (run_dir / "weights").glob(f"*/{weights.MODEL}"))
     if not folders:
         raise RecipeError(f"{run_dir}: no weights yet; the run has not reached its first checkpoint")
-    latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    step = int(latest.removeprefix("step_"))
+    latest = run_dir / "checkpoints" / "latest"
+    if not latest.is_file():
+        raise RecipeError(
+            f"{run_dir}: no checkpoints/latest, which says how long the weights were trained; copy that file too, or "
+            f"evaluate {run_dir / 'weights'} alone"
+        )
+    step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step_"))
     own = read_yaml(run_dir / "resolved.yaml")["data"]["train"]
     task = protocol if str(recipe.data.train) == own else f"{protocol}-{_tag(recipe.data.train)}"
     source = Source(recipe, run_dir / "evals" / f"{task}-{step:07d}.json", step)

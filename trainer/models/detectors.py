@@ -59,6 +59,7 @@ def build_detector(
     stages = Stages(network)
     pyramid = MOBILENET if hasattr(network, "conv_head") else RESNET
     stages.take(pyramid.strides)
+    stages.check()
     return GeneralizedRCNN(
         PyramidBackbone(stages, bf16=bf16),
         _proposals(pyramid),
@@ -132,6 +133,20 @@ class Stages(nn.Module):
                 f"{list(strides)}, missing {missing}; use a network with a pyramid, such as a ResNet or MobileNet"
             )
         self.indices = [by_stride[stride] for stride in strides]
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """raises: ValueError if the network takes images of one size only"""
+        was_training, device = self.training, next(self.parameters()).device
+        try:
+            self.eval()(torch.zeros(1, 3, 96, 160, device=device))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(self.network).__name__} takes no image of 96 x 160 pixels, and a detector needs images of any "
+                f"size: {error}"
+            ) from error
+        finally:
+            self.train(was_training)
 
     @property
     def channels(self) -> list[int]:
