@@ -33,8 +33,10 @@ class Evaluation:
     recipe: dict[str, Any]
     seed: int
     protocol: str
-    data: str
-    """The data set's name; results on others stand in other columns."""
+    step: int | None
+    """After how many steps of training; None where nobody knows."""
+    data: tuple[str, str]
+    """The data set's name and content; results on others stand in other columns."""
     conditions: dict[str, Any]
     """Everything that must be equal before two numbers may be compared."""
     results: dict[str, dict[str, Any]]
@@ -46,7 +48,7 @@ def report(sources: Sequence[Path], out: Path) -> None:
 
     raises: ReportError if there is nothing to report, or one protocol was run in different ways
     """
-    evaluations = [each for source in sources for each in read(source)]
+    evaluations = [each for source in dict.fromkeys(sources) for each in read(source)]
     check_alike(evaluations)
     rows = table(evaluations)
     paths = [out.with_suffix(suffix) for suffix in (".md", ".csv", ".tex")]
@@ -68,7 +70,7 @@ def read(source: Path) -> Iterator[Evaluation]:
     newest: dict[tuple[str, str], Path] = {}
     for path in sorted((source / "evals").glob("*.json")):  # steps are written with leading zeros
         tree = json.loads(path.read_text(encoding="utf-8"))
-        newest[tree["protocol"], tree["data"]["train"]["path"]] = path
+        newest[tree["protocol"], _content(tree["data"]["train"])] = path
     if not newest:
         raise ReportError(f"{source}: no evals/*.json; run `trainer evaluate {source} --protocol ...` first")
     recipe_path = source / "resolved.yaml"
@@ -77,11 +79,12 @@ def read(source: Path) -> Iterator[Evaluation]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         yield Evaluation(
             path=path,
-            run=source.name if not recipe else _row_name(source, recipe),
+            run=_row_name(source, recipe) if recipe else str(source),
             recipe=recipe,
             seed=tree["seed"],
             protocol=tree["protocol"],
-            data=Path(tree["data"]["train"]["path"]).stem,
+            step=tree["step"],
+            data=(Path(tree["data"]["train"]["path"]).stem, _content(tree["data"]["train"])),
             conditions={"settings": tree["settings"], "data": {k: _content(v) for k, v in tree["data"].items()}},
             results=tree["results"],
         )
@@ -103,7 +106,7 @@ def _row_name(source: Path, recipe: dict[str, Any]) -> str:
 
 def check_alike(evaluations: Sequence[Evaluation]) -> None:
     """raises: ReportError that names the first setting in which two results of one protocol differ"""
-    first: dict[tuple[str, str], Evaluation] = {}
+    first: dict[tuple[str, tuple[str, str]], Evaluation] = {}
     for each in evaluations:
         other = first.setdefault((each.protocol, each.data), each)
         if each.conditions != other.conditions:
@@ -133,6 +136,10 @@ def headlines(evaluation: Evaluation) -> list[str]:
     return [usual] if usual in names else shots
 
 
+Column = tuple[str, tuple[str, str], str]
+"""Protocol, data set, measure."""
+
+
 def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """Header and rows: a row a run and network, a column a protocol; mean ± standard deviation over seeds.
 
@@ -149,11 +156,13 @@ def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return rows
 
 
-def _title(column: tuple[str, str, str], columns: Sequence[tuple[str, str, str]]) -> str:
+def _title(column: Column, columns: Sequence[Column]) -> str:
     """The protocol, and of data set and measure what it takes to tell columns apart."""
-    protocol, data, measure = column
-    shared = len({other[1] for other in columns if other[0] == protocol}) == 1
-    return " ".join([protocol, *([] if shared else [data]), *([] if measure == "top1" else [measure])])
+    protocol, (name, content), measure = column
+    sets = {other[1] for other in columns if other[0] == protocol}
+    namesakes = [each for each in sets if each[0] == name]
+    data = [] if len(sets) == 1 else [name] if len(namesakes) == 1 else [f"{name} ({content[:6]})"]
+    return " ".join([protocol, *data, *([] if measure == "top1" else [measure])])
 
 
 def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
@@ -164,11 +173,22 @@ def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
                 f"{run}: {_difference(shaping[0], shape)} in {evaluations[0].path} and {each.path}, which would share "
                 "a row; give the runs different names"
             )
+    seen: dict[tuple[Path, int | None, str], tuple[Any, Path]] = {}
+    for each in evaluations:
+        for network in sorted(set(each.results) - set(REFERENCES)):
+            origin = each.results[network].get("origin")
+            before, path = seen.setdefault((each.path.parent, each.step, network), (origin, each.path))
+            if before != origin:
+                raise ReportError(
+                    f"{path} and {each.path} were measured on different weights of {network}; evaluate the older anew"
+                )
 
 
-def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, data: str, measure: str) -> str:
-    alike = [each for each in evaluations if (each.protocol, each.data) == (protocol, data)]
-    results = [each.results[network] for each in alike if network in each.results]
+def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, data: tuple[str, str], measure: str) -> str:
+    alike = [each for each in evaluations if (each.protocol, each.data) == (protocol, data) and network in each.results]
+    for each in alike[1:]:
+        _check_another_seed(alike[0], each)
+    results = [each.results[network] for each in alike]
     values = [result[measure] for result in results if measure in result]
     if len(values) > 1:
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
@@ -176,14 +196,34 @@ def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, data: 
     return f"{values[0]:.2f}{''.join(spreads)}" if values else ""
 
 
+def _check_another_seed(one: Evaluation, other: Evaluation) -> None:
+    """raises: ReportError if the two are not seeds of one training, equally long"""
+    if one.step != other.step:
+        raise ReportError(
+            f"{one.path} is of step {one.step} and {other.path} of step {other.step}, so no mean is taken; train both "
+            "to the same step, or give the runs different names"
+        )
+    if one.seed == other.seed:
+        raise ReportError(
+            f"{one.path} and {other.path} are both of seed {one.seed}, so no mean is taken; give the runs different "
+            "names, or report one of them"
+        )
+
+
 def markdown(rows: Sequence[Sequence[str]], evaluations: Sequence[Evaluation]) -> str:
     """The table, how each protocol was run, and what has been published for these methods and networks."""
     lines = _markdown_table(rows)
     lines += ["", "How they were measured:", ""]
-    for (protocol, name), each in sorted({(each.protocol, each.data): each for each in evaluations}.items()):
+    for (protocol, (name, _)), each in sorted({(each.protocol, each.data): each for each in evaluations}.items()):
         settings = ", ".join(f"{key} {value}" for key, value in each.conditions["settings"].items())
         data = ", ".join(f"{name} {content[:12]}" for name, content in each.conditions["data"].items())
         lines.append(f"- {protocol} on {name}: {settings}; data {data}")
+    for run in dict.fromkeys(each.run for each in evaluations):
+        steps = {each.protocol: each.step for each in evaluations if each.run == run}
+        if len(set(steps.values())) > 1:
+            lines.append(
+                f"- {run}, after how many steps: {', '.join(f'{name} {steps[name]}' for name in sorted(steps))}"
+            )
     kinds = dict.fromkeys(_kind(each) for each in evaluations)
     if published := [row for kind in kinds if kind for row in published_for(*kind)]:
         lines += ["", f"Published ({PUBLISHED}), a column of its own since data and schedules are others:", ""]
@@ -220,4 +260,4 @@ def every_number(evaluations: Sequence[Evaluation]) -> Iterator[list[Any]]:
         for network, result in each.results.items():
             for measure, value in result.items():
                 if isinstance(value, int | float):
-                    yield [each.run, each.seed, each.protocol, each.data, network, measure, value, each.path]
+                    yield [each.run, each.seed, each.protocol, each.data[0], network, measure, value, each.path]

@@ -16,13 +16,15 @@ RECIPE = {"method": {"name": "dino"}, "backbone": {"name": "resnet18"}}
 
 def run(
     folder: Path, protocol: str, results: dict[str, dict[str, float]], *, seed: int = 0, k: int = 20, sha: str = "ab",
-    recipe: dict[str, Any] = RECIPE, on: str = "train",
+    recipe: dict[str, Any] | None = RECIPE, on: str = "train", step: int | None = 100,
 ) -> Path:  # fmt: skip
     (folder / "evals").mkdir(parents=True, exist_ok=True)
-    (folder / "resolved.yaml").write_text(yaml.safe_dump({"seed": seed, **recipe}))
+    if recipe is not None:
+        (folder / "resolved.yaml").write_text(yaml.safe_dump({"seed": seed, **recipe}))
     data = {"train": {"path": f"{on}.beton", "bytes": 1, "sha256": sha}}
     tree = {"protocol": protocol, "seed": seed, "settings": {"k": k}, "data": data, "results": results}
-    (folder / f"evals/{protocol}-{on}-0000100.json").write_text(json.dumps(tree))
+    tree["step"] = step
+    (folder / f"evals/{protocol}-{Path(on).name}-{sha}-0000100.json").write_text(json.dumps(tree))
     return folder
 
 
@@ -53,16 +55,63 @@ def test_published_figures_stand_beside_and_not_in_a_column_of_ours(
     assert "| dino | resnet18 | SSLight | linear | 65.7 |" in published
 
 
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [({"k": 5}, "settings.k is 20 and 5"), ({"sha": "cd"}, "data.train is 'ab' and 'cd'")],
-    ids=["settings", "data"],
-)
-def test_one_protocol_run_in_two_ways_is_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
-    runs = [run(tmp_path / "a", "knn", top1(40)), run(tmp_path / "b", "knn", top1(41), **other)]
-    with pytest.raises(ReportError, match=said):
+def test_one_protocol_run_in_two_ways_is_refused(tmp_path: Path) -> None:
+    runs = [run(tmp_path / "a", "knn", top1(40)), run(tmp_path / "b", "knn", top1(41), k=5)]
+    with pytest.raises(ReportError, match=r"settings\.k is 20 and 5"):
         report(runs, tmp_path / "table.md")
     assert not (tmp_path / "table.md").exists()
+
+
+def test_data_sets_of_one_name_stand_in_columns_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", "knn", top1(40), on="x/train")
+    run(folder, "knn", top1(60), on="y/train", sha="cd")
+    report([folder], tmp_path / "table.md")
+    said = capsys.readouterr().out
+    assert "| run | network | knn train (ab) | knn train (cd) |" in said
+    assert "| a | student | 40.00 | 60.00 |" in said
+
+
+def test_weights_of_one_name_keep_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        run(tmp_path / name / "student", "knn", top1(value), recipe=None, step=None)
+        for name, value in (("A", 30), ("B", 60))
+    ]
+    report(folders, tmp_path / "table.md")
+    said = capsys.readouterr().out
+    for folder, value in zip(folders, ("30.00", "60.00"), strict=True):
+        assert f"| {folder} | student | {value} |" in said
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [({"seed": 1, "step": 900}, "of step 100 and .* of step 900"), ({"seed": 0}, "are both of seed 0")],
+    ids=["steps", "seed"],
+)
+def test_only_other_seeds_of_as_many_steps_are_averaged(tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    first = run(tmp_path / "one/a-seed0", "knn", top1(40))
+    second = run(tmp_path / f"two/a-seed{other['seed']}", "knn", top1(60), **other)
+    with pytest.raises(ReportError, match=said):
+        report([first, second], tmp_path / "table.md")
+
+
+def test_one_run_named_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(tmp_path / "a", "knn", top1(40))
+    report([folder, folder], tmp_path / "table.md")
+    assert "| a | student | 40.00 |" in capsys.readouterr().out
+
+
+def test_a_row_of_different_steps_says_so_and_one_of_different_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", "knn", top1(40))
+    run(folder, "linear", top1(60), step=900)
+    report([folder], tmp_path / "table.md")
+    assert "- a, after how many steps: knn 100, linear 900" in capsys.readouterr().out
+    run(folder, "linear", {"student": {"top1": 60, "origin": "sha256:1"}})  # type: ignore[dict-item]
+    with pytest.raises(ReportError, match="different weights of student"):
+        report([folder], tmp_path / "table.md")
 
 
 def test_different_trainings_are_not_averaged_as_seeds(tmp_path: Path) -> None:
