@@ -4,8 +4,9 @@ import csv
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,14 @@ def read(source: Path) -> Iterator[Evaluation]:
 
     raises: ReportError if there is none
     """
-    newest: dict[tuple[str, str], Path] = {}
-    for path in sorted((source / "evals").glob("*.json")):  # steps are written with leading zeros
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        newest[tree["protocol"], _content(tree["data"]["train"])] = path
+    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in (source / "evals").glob("*.json")]
+    found.sort(key=lambda each: (each[1]["step"] or 0, each[0].stat().st_mtime))
+    newest = {(tree["protocol"], _content(tree["data"]["train"])): (path, tree) for path, tree in found}
     if not newest:
         raise ReportError(f"{source}: no evals/*.json; run `trainer evaluate {source} --protocol ...` first")
     recipe_path = source / "resolved.yaml"
     recipe = read_yaml(recipe_path) if recipe_path.is_file() else {}
-    for path in newest.values():
-        tree = json.loads(path.read_text(encoding="utf-8"))
+    for path, tree in sorted(newest.values()):
         yield Evaluation(
             path=path,
             run=_row_name(source, recipe) if recipe else str(source),
@@ -158,11 +157,20 @@ def table(evaluations: Sequence[Evaluation]) -> list[list[str]]:
 
 def _title(column: Column, columns: Sequence[Column]) -> str:
     """The protocol, and of data set and measure what it takes to tell columns apart."""
-    protocol, (name, content), measure = column
-    sets = {other[1] for other in columns if other[0] == protocol}
-    namesakes = [each for each in sets if each[0] == name]
-    data = [] if len(sets) == 1 else [name] if len(namesakes) == 1 else [f"{name} ({content[:6]})"]
-    return " ".join([protocol, *data, *([] if measure == "top1" else [measure])])
+    protocol, data, measure = column
+    shared = len({other[1] for other in columns if other[0] == protocol}) == 1
+    name = [] if shared else [_data_name(data, {other[1] for other in columns})]
+    return " ".join([protocol, *name, *([] if measure == "top1" else [measure])])
+
+
+def _data_name(data: tuple[str, str], sets: Collection[tuple[str, str]]) -> str:
+    """The data set's name, and of its content what it takes to tell it from its namesakes among the sets."""
+    name, content = data
+    namesakes = {other for stem, other in sets if stem == name}
+    if len(namesakes) == 1:
+        return name
+    short = len({other[:6] for other in namesakes}) == len(namesakes)
+    return f"{name} ({content[:6] if short else content})"
 
 
 def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
@@ -186,8 +194,8 @@ def _check_one_training(run: str, evaluations: Sequence[Evaluation]) -> None:
 
 def _cell(evaluations: Sequence[Evaluation], network: str, protocol: str, data: tuple[str, str], measure: str) -> str:
     alike = [each for each in evaluations if (each.protocol, each.data) == (protocol, data) and network in each.results]
-    for each in alike[1:]:
-        _check_another_seed(alike[0], each)
+    for pair in combinations(alike, 2):
+        _check_another_seed(*pair)
     results = [each.results[network] for each in alike]
     values = [result[measure] for result in results if measure in result]
     if len(values) > 1:
@@ -214,16 +222,16 @@ def markdown(rows: Sequence[Sequence[str]], evaluations: Sequence[Evaluation]) -
     """The table, how each protocol was run, and what has been published for these methods and networks."""
     lines = _markdown_table(rows)
     lines += ["", "How they were measured:", ""]
-    for (protocol, (name, _)), each in sorted({(each.protocol, each.data): each for each in evaluations}.items()):
+    sets = {each.data for each in evaluations}
+    for (protocol, on), each in sorted({(each.protocol, each.data): each for each in evaluations}.items()):
         settings = ", ".join(f"{key} {value}" for key, value in each.conditions["settings"].items())
         data = ", ".join(f"{name} {content[:12]}" for name, content in each.conditions["data"].items())
-        lines.append(f"- {protocol} on {name}: {settings}; data {data}")
+        lines.append(f"- {protocol} on {_data_name(on, sets)}: {settings}; data {data}")
     for run in dict.fromkeys(each.run for each in evaluations):
-        steps = {each.protocol: each.step for each in evaluations if each.run == run}
-        if len(set(steps.values())) > 1:
-            lines.append(
-                f"- {run}, after how many steps: {', '.join(f'{name} {steps[name]}' for name in sorted(steps))}"
-            )
+        mine = [each for each in evaluations if each.run == run]
+        if len({each.step for each in mine}) > 1:
+            steps = sorted({f"{each.protocol} on {_data_name(each.data, sets)} {each.step}" for each in mine})
+            lines.append(f"- {run}, after how many steps: {', '.join(steps)}")
     kinds = dict.fromkeys(_kind(each) for each in evaluations)
     if published := [row for kind in kinds if kind for row in published_for(*kind)]:
         lines += ["", f"Published ({PUBLISHED}), a column of its own since data and schedules are others:", ""]
@@ -256,8 +264,10 @@ def latex(rows: Sequence[Sequence[str]]) -> str:
 def every_number(evaluations: Sequence[Evaluation]) -> Iterator[list[Any]]:
     """Header and one row a measure."""
     yield ["run", "seed", "protocol", "data", "network", "measure", "value", "file"]
+    sets = {each.data for each in evaluations}
     for each in evaluations:
+        data = _data_name(each.data, sets)
         for network, result in each.results.items():
             for measure, value in result.items():
                 if isinstance(value, int | float):
-                    yield [each.run, each.seed, each.protocol, each.data[0], network, measure, value, each.path]
+                    yield [each.run, each.seed, each.protocol, data, network, measure, value, each.path]

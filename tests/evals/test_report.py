@@ -16,15 +16,16 @@ RECIPE = {"method": {"name": "dino"}, "backbone": {"name": "resnet18"}}
 
 def run(
     folder: Path, protocol: str, results: dict[str, dict[str, float]], *, seed: int = 0, k: int = 20, sha: str = "ab",
-    recipe: dict[str, Any] | None = RECIPE, on: str = "train", step: int | None = 100,
+    recipe: dict[str, Any] | None = RECIPE, on: str = "train", step: int | None = 100, file: str | None = None,
 ) -> Path:  # fmt: skip
     (folder / "evals").mkdir(parents=True, exist_ok=True)
     if recipe is not None:
         (folder / "resolved.yaml").write_text(yaml.safe_dump({"seed": seed, **recipe}))
-    data = {"train": {"path": f"{on}.beton", "bytes": 1, "sha256": sha}}
+    data = {"train": {"path": f"{on}.beton", "bytes": 1, "sha256": sha or None}}
     tree = {"protocol": protocol, "seed": seed, "settings": {"k": k}, "data": data, "results": results}
     tree["step"] = step
-    (folder / f"evals/{protocol}-{Path(on).name}-{sha}-0000100.json").write_text(json.dumps(tree))
+    file = file or f"{protocol}-{Path(on).name}-{sha or Path(on).parent.name}-0000100"
+    (folder / f"evals/{file}.json").write_text(json.dumps(tree))
     return folder
 
 
@@ -62,15 +63,36 @@ def test_one_protocol_run_in_two_ways_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "table.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("hashes", "names"),
+    [
+        (("ab", "cd"), ("train (ab)", "train (cd)")),
+        (("", ""), ("train (/data/x/train.beton of 1 bytes)", "train (/data/y/train.beton of 1 bytes)")),
+    ],
+    ids=["hashed", "without hashes"],
+)
 def test_data_sets_of_one_name_stand_in_columns_of_their_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hashes: tuple[str, str], names: tuple[str, str]
 ) -> None:
-    folder = run(tmp_path / "a", "knn", top1(40), on="x/train")
-    run(folder, "knn", top1(60), on="y/train", sha="cd")
+    folder = run(tmp_path / "a", "knn", top1(40), on="/data/x/train", sha=hashes[0])
+    run(folder, "knn", top1(60), on="/data/y/train", sha=hashes[1])
     report([folder], tmp_path / "table.md")
     said = capsys.readouterr().out
-    assert "| run | network | knn train (ab) | knn train (cd) |" in said
+    assert f"| run | network | knn {names[0]} | knn {names[1]} |" in said
     assert "| a | student | 40.00 | 60.00 |" in said
+    numbers = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    assert {row["data"]: row["value"] for row in numbers if row["measure"] == "top1"} == dict(
+        zip(names, ("40", "60"), strict=True)
+    )
+
+
+def test_the_newest_of_two_results_on_one_file_is_shown_whatever_path_named_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", "knn", top1(40), on="/data/train", step=100, file="knn-train-1a2b3c-0000100")
+    run(folder, "knn", top1(60), step=9000, file="knn-0009000")
+    report([folder], tmp_path / "table.md")
+    assert "| a | student | 60.00 |" in capsys.readouterr().out
 
 
 def test_weights_of_one_name_keep_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,10 +112,13 @@ def test_weights_of_one_name_keep_rows_of_their_own(tmp_path: Path, capsys: pyte
     ids=["steps", "seed"],
 )
 def test_only_other_seeds_of_as_many_steps_are_averaged(tmp_path: Path, other: dict[str, Any], said: str) -> None:
-    first = run(tmp_path / "one/a-seed0", "knn", top1(40))
-    second = run(tmp_path / f"two/a-seed{other['seed']}", "knn", top1(60), **other)
+    runs = [
+        run(tmp_path / "one/a-seed2", "knn", top1(50), seed=2),
+        run(tmp_path / "one/a-seed0", "knn", top1(40)),
+        run(tmp_path / f"two/a-seed{other['seed']}", "knn", top1(60), **other),
+    ]
     with pytest.raises(ReportError, match=said):
-        report([first, second], tmp_path / "table.md")
+        report(runs, tmp_path / "table.md")
 
 
 def test_one_run_named_twice_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,10 +133,19 @@ def test_a_row_of_different_steps_says_so_and_one_of_different_weights_is_refuse
     folder = run(tmp_path / "a", "knn", top1(40))
     run(folder, "linear", top1(60), step=900)
     report([folder], tmp_path / "table.md")
-    assert "- a, after how many steps: knn 100, linear 900" in capsys.readouterr().out
+    assert "- a, after how many steps: knn on train 100, linear on train 900" in capsys.readouterr().out
     run(folder, "linear", {"student": {"top1": 60, "origin": "sha256:1"}})  # type: ignore[dict-item]
     with pytest.raises(ReportError, match="different weights of student"):
         report([folder], tmp_path / "table.md")
+
+
+def test_a_protocol_on_two_data_sets_after_different_steps_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", "knn", top1(40), on="caltech")
+    run(folder, "knn", top1(60), on="scenes", sha="cd", step=900)
+    report([folder], tmp_path / "table.md")
+    assert "- a, after how many steps: knn on caltech 100, knn on scenes 900" in capsys.readouterr().out
 
 
 def test_different_trainings_are_not_averaged_as_seeds(tmp_path: Path) -> None:
