@@ -49,7 +49,8 @@ def report(sources: Sequence[Path], out: Path) -> None:
 
     raises: ReportError if there is nothing to report, or one protocol was run in different ways
     """
-    evaluations = [each for source in dict.fromkeys(sources) for each in read(source)]
+    once = {source.resolve(): source for source in sources}.values()
+    evaluations = [each for source in once for each in read(source)]
     check_alike(evaluations)
     rows = table(evaluations)
     paths = [out.with_suffix(suffix) for suffix in (".md", ".csv", ".tex")]
