@@ -139,6 +139,7 @@ def test_by_default_the_student_is_trained_whatever_lies_beside_it(synthetic: Pa
     ("protocol", "options", "said"),
     [
         ("linear", ["--networks", "untrained,pixels"], "linear trains networks, and pixels are none"),
+        ("linear", ["evals.linear.global_batch=97"], "96 train images make no batch of 97; lower global_batch"),
         ("linear_online", ["--networks", "untrained"], "linear_online is of the student alone"),
         ("knn", ["evals.knn.k=97"], "evals.knn.k is 97, and there are 96 train images; lower it"),
     ],

@@ -138,7 +138,7 @@ class Training:
 
     def held_out(self) -> "Training":
         """The same without a tenth of the train images, always the same ones, which judge it."""
-        every = self._images() or list(range(open_beton(self.data.train).num_samples))
+        every = self._images()
         judges, seen = (torch.tensor(every)[rows].tolist() for rows in folds(len(every), HELD_OUT)[0])
         return dataclasses.replace(self, split=(seen, judges), name=f"{self.name}, rates on held-out images,")
 
@@ -171,14 +171,24 @@ class Training:
         world, settings, data = distributed.world(), self.settings, self.data
         if settings.global_batch % world:
             raise RecipeError(f"{self.name}: global_batch {settings.global_batch} must divide over {world} ranks")
+        images = self._images()
+        if len(images) < settings.global_batch:
+            raise RecipeError(
+                f"{self.name}: {len(images)} train images make no batch of {settings.global_batch}; lower global_batch "
+                "in the protocol's settings"
+            )
         return ViewLoader(
             data.train, [self._crop(flip_prob=0.5)], batch_size=settings.global_batch // world, seed=self.seed,
-            rank=distributed.rank(), world=world, num_workers=data.num_workers, subset=self._images(),
+            rank=distributed.rank(), world=world, num_workers=data.num_workers, subset=images,
             on_bad_image=data.on_bad_image,
         )  # fmt: skip
 
-    def _images(self) -> list[int] | None:
-        return self.split[0] if self.split else read_subset(self.data.train, self.data.subset)
+    def _images(self) -> list[int]:
+        """The train images that it sees."""
+        if self.split:
+            return self.split[0]
+        subset = read_subset(self.data.train, self.data.subset)
+        return list(range(open_beton(self.data.train).num_samples)) if subset is None else subset
 
     def _crop(self, *, flip_prob: float) -> View:
         box: dict[str, Any] = WHOLE if self.settings.crop == "squash" else {"scale": self.settings.scale}
