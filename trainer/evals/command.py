@@ -79,7 +79,7 @@ def _beside_earlier(report: dict[str, Any], source: Source) -> dict[str, Any]:
     if not source.report.is_file():
         return report
     earlier, now = json.loads(source.report.read_text(encoding="utf-8")), json.loads(json.dumps(report))
-    if differing := [key for key in CONDITIONS if earlier[key] != now[key]]:
+    if differing := [key for key in CONDITIONS if earlier.get(key) != now[key]]:
         aside = source.report.with_suffix(".json.old")
         source.report.replace(aside)
         log.warning("%s was of another %s; it is %s now", source.report, " and ".join(differing), aside)
