@@ -76,7 +76,7 @@ demo: setup ## pre-train and evaluate on generated images, or DATA=folder with t
 	@echo "== What the network has learnt"
 	$(LAUNCH) evaluate $(RUN) --protocol knn
 
-# A file's tests stay together, since they share what they trained. A test with ranks leaves a core idle half of the time.
+# So many files of tests at a time; a file's tests stay together, since they share what they trained.
 WORKERS ?= 2
 
 test: setup check ## the checks, then every test; ARGS='-k word' for some, WORKERS=0 for one after the other

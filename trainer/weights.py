@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -125,7 +126,7 @@ def load_head(folder: Path) -> dict[str, Tensor]:
     """
     if not (folder / HEAD).is_file():
         return {}
-    with safe_open(folder / HEAD, framework="pt") as file:
+    with _damage_named(folder / HEAD), safe_open(folder / HEAD, framework="pt") as file:
         order = (file.metadata() or {}).get("order")
         if order is None:
             raise WeightsError(
@@ -139,7 +140,7 @@ def spec_of_head(folder: Path) -> HeadSpec | None:
     """What the folder's head is; None if there is none, or one of the time before heads said so."""
     if not (folder / HEAD).is_file():
         return None
-    with safe_open(folder / HEAD, framework="pt") as file:
+    with _damage_named(folder / HEAD), safe_open(folder / HEAD, framework="pt") as file:
         facts = file.metadata() or {}
     plain = json.loads(facts.get("mlp_head", "null"))
     return HeadSpec(facts["method"], plain and PlainMLP(**plain)) if "method" in facts else None
@@ -174,11 +175,18 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """What a safetensors file holds; WeightsError if it is damaged."""
-    try:
+    with _damage_named(path):
         tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """safetensors' own error does not say which file."""
+    try:
+        yield
     except SafetensorError as error:
         raise WeightsError(f"{path}: wanted safetensors, got a damaged file ({error}); copy it anew") from None
-    return tensors
 
 
 def build(config: dict[str, Any], *, init: Literal["reference", "timm"] = "timm") -> nn.Module:

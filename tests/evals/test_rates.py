@@ -72,16 +72,16 @@ def test_a_sweep_reports_every_rate_and_chooses_among_them_on_val_only_if_told()
     assert alone == {"top1": 25.0, "top1_std": pytest.approx(50**0.5), "num_images": 10.0}
 
 
-def held_out_report(folder: Path, train: Path, val: Path) -> dict[str, Any]:
+def report_of(rate: str, folder: Path, train: Path, val: Path) -> dict[str, Any]:
     torch.manual_seed(100)
     weights.save_backbone(folder, build_backbone(TINY), TINY, size=32, mean=(0.5,) * 3, std=(0.2,) * 3)
-    rates = ["evals.linear.base_lr=0.001", "evals.linear.sweep=[3.0,1e38]", "evals.linear.rate=held_out"]
+    rates = ["evals.linear.base_lr=0.001", "evals.linear.sweep=[3.0,1e38]", f"evals.linear.rate={rate}"]
     small = ["evals.linear.epochs=2", "evals.linear.global_batch=12", "evals.knn.size=32", "evals.knn.resize=32"]
     files = [f"data.train={train}", f"data.val={val}", "data.num_workers=1"]
     source = open_source(folder, "linear", [*rates, *small, *files])
     source.choose(["untrained"])
     settings, results = run(source, "linear")
-    assert settings["rate"] == "held_out"
+    assert settings["rate"] == rate
     return results["untrained"]
 
 
@@ -91,13 +91,17 @@ def test_a_rate_is_chosen_on_held_out_train_images_and_the_result_is_that_of_all
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     train, val = synthetic / "train.beton", synthetic / "val.beton"
-    on_val = held_out_report(tmp_path / "val", train, val)
-    on_train = held_out_report(tmp_path / "train", train, train)
+    on_val = report_of("held_out", tmp_path / "val", train, val)
+    on_train = report_of("held_out", tmp_path / "train", train, train)
     assert on_val["base_lr"] == on_train["base_lr"], "the val images have no say"
     assert on_val["num_images"] == 36
     assert on_train["num_images"] == 96
     for each in (on_val, on_train):
         assert each["top1"] == each[f"top1_at_{each['base_lr']}"]
+    plain = report_of("base_lr", tmp_path / "plain", train, val)
+    of_all = {key: value for key, value in plain.items() if key.startswith("top1_at_")}
+    assert len(of_all) == 3
+    assert of_all == {key: on_val[key] for key in of_all}, "each head has seen all train images, as without a choice"
 
 
 def test_held_out_images_are_a_tenth_that_the_choosing_heads_have_not_seen(synthetic: Path, tmp_path: Path) -> None:

@@ -121,12 +121,15 @@ def test_a_second_evaluation_loses_nothing_of_the_first(synthetic: Path, tmp_pat
     assert both["student"] == student
     assert trainer([*command, "--networks", "untrained", "evals.knn.k=4"]) == 0
     assert set(json.loads(path.read_text())["results"]) == {"untrained"}
-    assert json.loads(path.with_suffix(".json.old").read_text())["results"] == both
+    assert json.loads(path.with_suffix(".1.old").read_text())["results"] == both
     save(folder, "student", "student")
     assert trainer([*command, "--networks", "student", "evals.knn.k=4"]) == 0
+    of_then = json.loads(path.read_text())["results"]
+    assert set(of_then) == {"untrained", "student"}
     save(folder, "student")
     assert trainer([*command, "--networks", "untrained", "evals.knn.k=4"]) == 0
     assert set(json.loads(path.read_text())["results"]) == {"untrained"}, "the student of then had other weights"
+    assert json.loads(path.with_suffix(".2.old").read_text())["results"] == of_then
 
 
 def test_by_default_the_student_is_trained_whatever_lies_beside_it(synthetic: Path, tmp_path: Path) -> None:
@@ -150,6 +153,21 @@ def test_what_a_protocol_cannot_do_is_said(
     folder = save(tmp_path, "student")
     assert trainer(["evaluate", str(folder), "--protocol", protocol, *data(synthetic), *options]) == 2
     assert said in caplog.text
+
+
+def test_a_damaged_head_is_named(tmp_path: Path) -> None:
+    (tmp_path / "head.safetensors").write_bytes(b"no tensors")
+    for read in (weights.load_head, weights.spec_of_head):
+        with pytest.raises(WeightsError, match=r"head\.safetensors: wanted safetensors, got a damaged file"):
+            read(tmp_path)
+
+
+def test_a_run_copied_without_its_checkpoints_says_what_is_missing(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "recipes/smoke/moco_demo.yaml"
+    (tmp_path / "resolved.yaml").write_text(demo.read_text())
+    save(tmp_path / "weights", "student")
+    with pytest.raises(RecipeError, match=r"no checkpoints/latest, .* or evaluate .*weights alone"):
+        open_source(tmp_path, "knn", ["data.train=a", f"run.dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(

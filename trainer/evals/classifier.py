@@ -27,7 +27,7 @@ class ClassTokens(nn.Module):
 
     def __init__(self, network: VisionTransformer, *, num_blocks: int = VIT_BLOCKS, norm: bool = True) -> None:
         super().__init__()
-        if not network.num_prefix_tokens:
+        if not network.has_class_token:
             raise RecipeError("this protocol reads a ViT's class token, and this one has none; take linear_cached")
         self.network, self.num_blocks, self.norm = network, num_blocks, norm
         self.num_features = num_blocks * num_features(network)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ TRAINED: dict[str, Run] = {
 EVALS = CACHED | TRAINED
 """The protocols by name; a new one is one file, one line here and its name in protocols.py."""
 assert tuple(EVALS) == protocols.EVALS
-CONDITIONS = ("protocol", "settings", "step", "seed", "data")
-"""What results must share to stand in one file."""
+CONDITIONS = ("protocol", "settings", "step", "seed", "world", "data", "environment")
+"""What results must share to stand in one file; of the environment all but the command."""
 
 
 def evaluate(named: Path, protocol: str, overrides: list[str], networks: Sequence[str] = ()) -> None:
@@ -79,13 +80,17 @@ def _beside_earlier(report: dict[str, Any], source: Source) -> dict[str, Any]:
     if not source.report.is_file():
         return report
     earlier, now = json.loads(source.report.read_text(encoding="utf-8")), json.loads(json.dumps(report))
-    if differing := [key for key in CONDITIONS if earlier.get(key) != now[key]]:
-        aside = source.report.with_suffix(".json.old")
-        source.report.replace(aside)
-        log.warning("%s was of another %s; it is %s now", source.report, " and ".join(differing), aside)
-        return report
-    others = {name: each for name, each in earlier["results"].items() if source.origins.get(name) == each["origin"]}
-    return report | {"results": others | report["results"]}
+    for each in (earlier, now):
+        each.get("environment", {}).pop("command", None)
+    differing = [key for key in CONDITIONS if earlier.get(key) != now[key]]
+    if any(source.origins.get(name) != each["origin"] for name, each in earlier["results"].items()):
+        differing.append("weights")
+    if not differing:
+        return report | {"results": earlier["results"] | report["results"]}
+    aside = next(path for i in count(1) if not (path := source.report.with_suffix(f".{i}.old")).exists())
+    source.report.replace(aside)
+    log.warning("%s was of another %s; it is %s now", source.report, " and ".join(differing), aside.name)
+    return report
 
 
 HIDDEN = ("num_images", "weight_decay", "base_lr", "_small", "_medium", "_large")
